@@ -42,15 +42,28 @@ DEFAULT_CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 # Results must not depend on the compiler: no contraction, and no flag that changes a value. The two -fno flags give up
 # only errno and the floating-point exception flags, without which rintf would not vectorise.
-CXX_FLAGS = """
-    -std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fvisibility-inlines-hidden
-    -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra
-""".split()
-NVCC_FLAGS = """
-    -std=c++17 -O3 --fmad=false --threads=0 -Xptxas=-warn-spills,-warn-lmem-usage
-    -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra
-""".split()
-LINK_FLAGS = "-shared -pthread -Wl,--no-undefined -Wl,--exclude-libs,ALL".split()
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-pthread",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "--threads=0",
+    "-Xptxas=-warn-spills,-warn-lmem-usage",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
+]
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"]
 
 
 @dataclass(frozen=True)
