@@ -1,0 +1,103 @@
+"""DoReFa-Net's three quantizers as modules: weight, activation and gradient."""
+
+import torch
+from torch import Tensor, nn
+
+from quantkernels import functional
+
+OFF = 32
+"""The bit width that DoReFa-Net's tables use for 'not quantized'."""
+
+
+class DoReFaWeight(nn.Module):
+    """Quantizes a weight to `bits` bits: sign(w) * mean|w| at one bit, a grid over the normalised tanh above.
+
+    Args:
+        bits: 1 to 16, or 32 for the identity.
+
+    Source: Zhou et al. 2016, https://arxiv.org/abs/1606.06160, section 2.3.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        _check_bits("DoReFaWeight", bits)
+        self.bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Returns the quantized `weight`: same shape, dtype and memory format; one scale for the whole tensor."""
+        return weight if self.bits == OFF else functional.dorefa_weight(weight, self.bits)
+
+    def extra_repr(self) -> str:
+        """The bit width."""
+        return f"bits={self.bits}"
+
+
+class DoReFaActivation(nn.Module):
+    """Clamps to [0, 1] and quantizes to `bits` bits, in one op; it takes the place of the activation function.
+
+    Args:
+        bits: 1 to 16, or 32 for the identity (then nothing is clamped).
+        inplace: write the result into the input.
+
+    Source: Zhou et al. 2016, https://arxiv.org/abs/1606.06160, section 2.4.
+    """
+
+    def __init__(self, bits: int, inplace: bool = False) -> None:
+        super().__init__()
+        _check_bits("DoReFaActivation", bits)
+        self.bits = bits
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the quantized `input`: same shape, dtype and memory format."""
+        return input if self.bits == OFF else functional.dorefa_activation(input, self.bits, inplace=self.inplace)
+
+    def extra_repr(self) -> str:
+        """The bit width, and whether the input is overwritten."""
+        return f"bits={self.bits}" + (", inplace=True" if self.inplace else "")
+
+
+class DoReFaGradient(nn.Module):
+    """The identity, which in training quantizes the gradient that flows back through it to `bits` bits.
+
+    The first axis is the batch: each sample's gradient has its own scale. Rounding is stochastic. The noise depends on
+    the seed and on the number of backward passes so far, both of which are in the state_dict: a resumed run repeats.
+
+    Args:
+        bits: 1 to 16, or 32 for the identity.
+        seed: of the noise, 0 to 2**63 - 1; modules of one network need different seeds for independent noise.
+
+    Attributes:
+        rng_state: int64 buffer [2], the seed and the step; the backward advances the step.
+
+    Source: Zhou et al. 2016, https://arxiv.org/abs/1606.06160, section 2.5.
+    """
+
+    rng_state: Tensor
+
+    def __init__(self, bits: int, seed: int = 0) -> None:
+        super().__init__()
+        _check_bits("DoReFaGradient", bits)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"DoReFaGradient: expected `seed` to be an int, but got {seed!r}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"DoReFaGradient: expected `seed` to be in 0..2**63-1, but got {seed}")
+        self.bits = bits
+        self.register_buffer("rng_state", torch.tensor([seed, 0], dtype=torch.int64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns `input` itself; in training mode its gradient will be quantized."""
+        if self.bits == OFF or not self.training:
+            return input
+        return functional.dorefa_gradient(input, self.rng_state, self.bits)
+
+    def extra_repr(self) -> str:
+        """The bit width."""
+        return f"bits={self.bits}"
+
+
+def _check_bits(module: str, bits: object) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{module}: expected `bits` to be an int, but got {bits!r}")
+    if not (1 <= bits <= 16 or bits == OFF):
+        raise ValueError(f"{module}: expected `bits` to be in 1..16 or {OFF} (off), but got {bits}")

@@ -1,0 +1,368 @@
+"""The config_list of the quantizers: its grammar, its validation, and which entry decides which module.
+
+A config_list is a list of dicts, as NNI has it. It is parsed into frozen dataclasses, and every mistake in it is
+reported with the entry and the key, before any module is touched.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar, cast, get_args
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from quantkernels.nn.fake_quantize import Dtype, Scheme
+
+QuantType = Literal["weight", "input", "output", "gradient"]
+
+DEFAULT_OP_TYPES = frozenset(
+    {
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "ConvTranspose1d",
+        "ConvTranspose2d",
+        "ConvTranspose3d",
+        "Linear",
+        "Bilinear",
+        "PReLU",
+        "Embedding",
+        "EmbeddingBag",
+    }
+)
+"""What `'op_types': 'default'` stands for."""
+
+_TORCH_OP_TYPES = frozenset(
+    name for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)
+)
+_LISTED_NAMES = 20  # how many of a model's modules an error message lists
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What one quantizer accepts in an entry, and what it assumes where the entry is silent.
+
+    Attributes:
+        quantizer: the class name, for messages.
+        quant_types: the quant types it knows.
+        bits: the widths it accepts.
+        bits_keys: the keys that may hold the widths; the first is the one that messages name.
+        default_quant_types: assumed without 'quant_types'; None where the key is required. Widths given by quant type
+            imply these quant types where there is a default.
+        default_bits: assumed without a width; None where one is required.
+        default_dtype: assumed without 'quant_dtype'; None where the quantizer has one fixed grid and takes neither
+            that key nor 'quant_scheme'.
+        default_scheme: assumed without 'quant_scheme'.
+        delay: whether 'quant_start_step' is accepted.
+    """
+
+    quantizer: str
+    quant_types: tuple[QuantType, ...]
+    bits: frozenset[int] = frozenset(range(1, 17))
+    bits_keys: tuple[str, ...] = ("quant_bits",)
+    default_quant_types: tuple[QuantType, ...] | None = None
+    default_bits: int | None = None
+    default_dtype: Dtype | None = None
+    default_scheme: Scheme | None = None
+    delay: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key that an entry may have."""
+        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme")
+        delay = ("quant_start_step",) if self.delay else ()
+        return ("op_types", "op_names", "exclude", "quant_types", *self.bits_keys, *grid, *delay)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One validated entry of a config_list, every setting resolved by quant type.
+
+    Attributes:
+        index: its position in the config_list.
+        op_types: class names it matches, or None for any.
+        op_names: module names it matches, or None for any.
+        exclude: the modules it matches are left alone.
+        bits: width by quant type; its keys are the quant types.
+        dtype: 'uint' or 'int' by quant type; empty where the quantizer has one fixed grid.
+        scheme: by quant type; empty where the quantizer has one fixed grid.
+        quant_start_step: number of steps before quantization begins.
+    """
+
+    index: int
+    op_types: frozenset[str] | None
+    op_names: frozenset[str] | None
+    exclude: bool
+    bits: Mapping[QuantType, int]
+    dtype: Mapping[QuantType, Dtype]
+    scheme: Mapping[QuantType, Scheme]
+    quant_start_step: int
+
+    def matches(self, module: "NamedModule") -> bool:
+        """Whether the entry is about `module`: of one of its types and under one of its names, where it gives both."""
+        return (self.op_types is None or module.op_type in self.op_types) and (
+            self.op_names is None or not self.op_names.isdisjoint(module.names)
+        )
+
+
+@dataclass(frozen=True)
+class NamedModule:
+    """A module of the model with its class name and all the names it goes by (several when it is shared)."""
+
+    names: tuple[str, ...]
+    op_type: str
+    module: nn.Module
+
+    def __str__(self) -> str:
+        """The first name and the class name."""
+        return f"{self.names[0]!r} ({self.op_type})"
+
+
+def named_modules(model: nn.Module) -> list[NamedModule]:
+    """Lists the distinct modules of `model`, the root (named '') included, in the order of `model.named_modules()`."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return [
+        NamedModule(tuple(aliases), parametrize.type_before_parametrizations(module).__name__, module)
+        for module, aliases in names.items()
+    ]
+
+
+def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -> tuple[Entry, ...]:
+    """Validates `config_list` for the quantizer of `grammar` and for `model`.
+
+    Raises:
+        TypeError: a list, an entry or a value has the wrong type.
+        ValueError: anything else is wrong: an unknown key, op type or name, a missing or impossible setting, an entry
+            that matches no module. The message names the entry and the key.
+    """
+    if not isinstance(config_list, list | tuple):
+        raise TypeError(f"config_list: expected a list of dicts, but got {config_list!r}")
+    if not config_list:
+        raise ValueError("config_list: expected at least one entry, but got an empty list")
+    modules = named_modules(model)
+    parser = _EntryParser(grammar, modules)
+    entries = tuple(parser.parse(index, entry) for index, entry in enumerate(config_list))
+    for entry in entries:
+        if not any(entry.matches(module) for module in modules):
+            raise ValueError(_no_match_message(entry, modules))
+    return entries
+
+
+def deciding_entry(entries: Iterable[Entry], module: NamedModule) -> Entry | None:
+    """Returns the entry that decides `module`: the last that matches it, or None when there is none or it excludes."""
+    matching = [entry for entry in entries if entry.matches(module)]
+    return matching[-1] if matching and not matching[-1].exclude else None
+
+
+class _EntryParser:
+    """Turns one dict at a time into an Entry; holds what all of them share."""
+
+    def __init__(self, grammar: Grammar, modules: Iterable[NamedModule]) -> None:
+        modules = tuple(modules)
+        self.grammar = grammar
+        self.op_types = _TORCH_OP_TYPES | {module.op_type for module in modules}
+        self.op_names = {name for module in modules for name in module.names}
+
+    def parse(self, index: int, entry: object) -> Entry:
+        where = f"config_list[{index}]"
+        if not isinstance(entry, dict):
+            raise TypeError(f"{where}: expected a dict, but got {entry!r}")
+        for key in entry:
+            if key not in self.grammar.keys:
+                raise ValueError(
+                    f"{where}: unknown key {key!r}{_closest(key, self.grammar.keys)}; "
+                    f"{self.grammar.quantizer} knows {', '.join(self.grammar.keys)}"
+                )
+        exclude = entry.get("exclude", False)
+        if not isinstance(exclude, bool):
+            raise TypeError(f"{where}['exclude']: expected True or False, but got {exclude!r}")
+        op_types = self._op_types(f"{where}['op_types']", entry["op_types"]) if "op_types" in entry else None
+        op_names = self._op_names(f"{where}['op_names']", entry["op_names"]) if "op_names" in entry else None
+        if op_types is None and op_names is None:
+            raise ValueError(f"{where}: expected 'op_types' or 'op_names', which say what modules it is about")
+        if exclude:
+            return Entry(index, op_types, op_names, True, {}, {}, {}, 0)
+        bits = self._bits(where, entry)
+        scheme = self._scheme(where, entry, tuple(bits))
+        self._check_bits(where, bits, scheme)
+        return Entry(
+            index,
+            op_types,
+            op_names,
+            exclude=False,
+            bits=bits,
+            dtype=self._dtype(where, entry, tuple(bits)),
+            scheme=scheme,
+            quant_start_step=self._quant_start_step(where, entry),
+        )
+
+    def _op_types(self, where: str, value: object) -> frozenset[str]:
+        names = (
+            [value] if isinstance(value, str) else _strings(where, value, "'default', a class name or a list of them")
+        )
+        known = {"default", *self.op_types}
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{where}: unknown op type {name!r}{_closest(name, known)}")
+        types = frozenset(names)
+        return types - {"default"} | DEFAULT_OP_TYPES if "default" in types else types
+
+    def _op_names(self, where: str, value: object) -> frozenset[str]:
+        names = _strings(where, value, "a list of module names")
+        for name in names:
+            if name not in self.op_names:
+                raise ValueError(f"{where}: the model has no module named {name!r}{_closest(name, self.op_names)}")
+        return frozenset(names)
+
+    def _bits(self, where: str, entry: Mapping[str, object]) -> dict[QuantType, int]:
+        """The widths by quant type; its keys are the entry's quant types."""
+        keys = [key for key in self.grammar.bits_keys if key in entry]
+        if len(keys) > 1:
+            raise ValueError(f"{where}: {' and '.join(map(repr, keys))} mean the same; give one of them")
+        bits_key = keys[0] if keys else self.grammar.bits_keys[0]
+        value = entry.get(bits_key, self.grammar.default_bits)
+        quant_types = self._quant_types(where, entry, bits_key, value)
+        if value is None:
+            raise ValueError(f"{where}: quant type {quant_types[0]!r} has no bits; give {bits_key!r}")
+        by_type = _by_quant_type(f"{where}[{bits_key!r}]", value, quant_types, _integer)
+        for quant_type in quant_types:
+            if quant_type not in by_type:
+                raise ValueError(f"{where}[{bits_key!r}]: quant type {quant_type!r} has no bits")
+        return by_type
+
+    def _quant_types(
+        self, where: str, entry: Mapping[str, object], bits_key: str, bits: object
+    ) -> tuple[QuantType, ...]:
+        known = self.grammar.quant_types
+        default = self.grammar.default_quant_types
+        if "quant_types" in entry:
+            where = f"{where}['quant_types']"
+            names = _strings(where, entry["quant_types"], f"a list of {', '.join(known)}")
+        elif default is None:
+            raise ValueError(f"{where}: expected 'quant_types', a list of {', '.join(known)}")
+        elif isinstance(bits, dict):
+            where = f"{where}[{bits_key!r}]"
+            names = _strings(where, list(bits), f"a width by quant type ({', '.join(known)})")
+        else:
+            return default
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{where}: {self.grammar.quantizer} has no quant type {name!r}{_closest(name, known)}; "
+                    f"it knows {', '.join(known)}"
+                )
+        return cast(tuple[QuantType, ...], tuple(dict.fromkeys(names)))
+
+    def _check_bits(self, where: str, bits: Mapping[QuantType, int], scheme: Mapping[QuantType, Scheme]) -> None:
+        for quant_type, width in bits.items():
+            if width not in self.grammar.bits:
+                extra = " or 32 (off)" if 32 in self.grammar.bits else ""
+                raise ValueError(f"{where}: expected bits of {quant_type!r} in 1..16{extra}, but got {width}")
+            if width < 2 and scheme.get(quant_type, "").endswith("symmetric"):
+                raise ValueError(
+                    f"{where}: expected bits of {quant_type!r} to be at least 2 with {scheme[quant_type]!r}, "
+                    f"but got {width}"
+                )
+
+    def _dtype(
+        self, where: str, entry: Mapping[str, object], quant_types: tuple[QuantType, ...]
+    ) -> dict[QuantType, Dtype]:
+        if self.grammar.default_dtype is None:
+            return {}
+        value = entry.get("quant_dtype", self.grammar.default_dtype)
+        given = _by_quant_type(f"{where}['quant_dtype']", value, quant_types, _one_of(get_args(Dtype)))
+        return {kind: cast(Dtype, given.get(kind, self.grammar.default_dtype)) for kind in quant_types}
+
+    def _scheme(
+        self, where: str, entry: Mapping[str, object], quant_types: tuple[QuantType, ...]
+    ) -> dict[QuantType, Scheme]:
+        if self.grammar.default_scheme is None:
+            return {}
+        where = f"{where}['quant_scheme']"
+        value = entry.get("quant_scheme", self.grammar.default_scheme)
+        given = _by_quant_type(where, value, quant_types, _one_of(get_args(Scheme)))
+        scheme = {kind: cast(Scheme, given.get(kind, self.grammar.default_scheme)) for kind in quant_types}
+        for quant_type, name in scheme.items():
+            if name.startswith("per_channel") and quant_type != "weight":
+                raise ValueError(
+                    f"{where}: {name!r} is for weights only, but applies to {quant_type!r} as well; "
+                    f"give a dict by quant type, such as {{'weight': {name!r}}}"
+                )
+        return scheme
+
+    def _quant_start_step(self, where: str, entry: Mapping[str, object]) -> int:
+        where = f"{where}['quant_start_step']"
+        step = _integer(where, entry.get("quant_start_step", 0))
+        if step < 0:
+            raise ValueError(f"{where}: expected a step of at least 0, but got {step}")
+        return step
+
+
+def _by_quant_type(
+    where: str, value: object, quant_types: tuple[QuantType, ...], check: Callable[[str, object], _T]
+) -> dict[QuantType, _T]:
+    """A setting given once for all quant types, or as a dict by quant type, as a dict whose values are checked."""
+    if not isinstance(value, dict):
+        return {quant_type: check(where, value) for quant_type in quant_types}
+    for quant_type in value:
+        if quant_type not in quant_types:
+            raise ValueError(
+                f"{where}: {quant_type!r} is none of the entry's quant types ({', '.join(quant_types)})"
+                f"{_closest(quant_type, quant_types)}"
+            )
+    return {quant_type: check(f"{where}[{quant_type!r}]", item) for quant_type, item in value.items()}
+
+
+def _integer(where: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{where}: expected an int, but got {value!r}")
+    return value
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[str, object], str]:
+    def check(where: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise TypeError(f"{where}: expected one of {', '.join(known)}, but got {value!r}")
+        if value not in known:
+            raise ValueError(f"{where}: expected one of {', '.join(known)}, but got {value!r}{_closest(value, known)}")
+        return value
+
+    return check
+
+
+def _strings(where: str, value: object, expected: str) -> list[str]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{where}: expected {expected}, but got {value!r}")
+    if not value:
+        raise ValueError(f"{where}: expected {expected}, but got an empty list")
+    return list(value)
+
+
+def _closest(name: object, known: Collection[str]) -> str:
+    """A suggestion to append to a message, or nothing when no known name is close."""
+    lower = {candidate.lower(): candidate for candidate in sorted(known)}
+    matches = difflib.get_close_matches(str(name).lower(), list(lower), n=1)
+    return f", did you mean {lower[matches[0]]!r}?" if matches else ""
+
+
+def _no_match_message(entry: Entry, modules: Iterable[NamedModule]) -> str:
+    modules = tuple(modules)
+    wanted = []
+    if entry.op_types is not None:
+        wanted.append(f"op_types {sorted(entry.op_types)}")
+    if entry.op_names is not None:
+        wanted.append(f"op_names {sorted(entry.op_names)}")
+    counts = Counter(module.op_type for module in modules)
+    types = ", ".join(f"{count} {name}" for name, count in counts.items())
+    named = [str(module) for module in modules if module.names[0]]
+    names = ", ".join(named[:_LISTED_NAMES]) + (", ..." if len(named) > _LISTED_NAMES else "")
+    return (
+        f"config_list[{entry.index}] matches no module: no module has {' and '.join(wanted)}. "
+        f"The model has {types}" + (f"; by name: {names}" if names else "")
+    )

@@ -1,0 +1,68 @@
+"""DoReFaQuantizer: low bit-width weights, activations and gradients (Zhou et al. 2016)."""
+
+from typing import ClassVar
+
+from torch import nn
+
+from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight
+from quantkernels.nn.dorefa import OFF
+from quantkernels.quantizers.base import QuantizedLayer, Quantizer
+from quantkernels.quantizers.config import Grammar, QuantType
+
+
+class DoReFaQuantizer(Quantizer):
+    """Quantizes weights, inputs, outputs and gradients as DoReFa-Net does.
+
+    Inputs and outputs are clamped to [0, 1]. The output of a ReLU, ReLU6 or Hardtanh whose range holds [0, 1] is
+    quantized by one fused module in its place. 'gradient' is the gradient that flows into a layer's output.
+
+    An entry of the configuration is a dict with these keys:
+
+    - 'q_bits' (or 'quant_bits'): 1 to 16, or 32 for off; or a dict by quant type ('weight', 'input', 'output',
+      'gradient'), which implies these quant types. Required.
+    - 'quant_types': list of quant types. Without it, and with one width, the weight is meant.
+    - 'op_types', 'op_names', 'exclude': as QAT_Quantizer has them.
+
+    The last entry that matches a module decides it alone. The paper leaves the first and the last layer unquantized,
+    which {'op_names': [...], 'exclude': True} says.
+
+    Args:
+        model: the network; instrumented in place by `compress()`.
+        config_list: list of entries.
+        seed: of the gradients' noise, 0 to 2**31 - 1; every layer derives its own from it.
+
+    Raises:
+        TypeError, ValueError: see Quantizer; or `seed` is no such number.
+    """
+
+    grammar: ClassVar[Grammar] = Grammar(
+        quantizer="DoReFaQuantizer",
+        quant_types=("weight", "input", "output", "gradient"),
+        bits=frozenset({*range(1, 17), OFF}),
+        bits_keys=("q_bits", "quant_bits"),
+        default_quant_types=("weight",),
+    )
+
+    def __init__(self, model: nn.Module, config_list: object, *, seed: int = 0) -> None:
+        super().__init__(model, config_list)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"DoReFaQuantizer: expected `seed` to be an int, but got {seed!r}")
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"DoReFaQuantizer: expected `seed` to be in 0..2**31-1, but got {seed}")
+        self.seed = seed
+
+    def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
+        """See Quantizer."""
+        bits = layer.entry.bits[quant_type]
+        if quant_type == "weight":
+            return DoReFaWeight(bits)
+        if quant_type == "gradient":
+            # Two layers with one seed would draw the same noise; the layer's number is the low half of its seed.
+            return DoReFaGradient(bits, seed=(self.seed << 32) + self.layers.index(layer))
+        return DoReFaActivation(bits)
+
+    def build_activation(self, layer: QuantizedLayer, bounds: tuple[float, float]) -> nn.Module | None:
+        """See Quantizer."""
+        if not bounds[0] <= 0 < 1 <= bounds[1]:
+            return None
+        return DoReFaActivation(layer.entry.bits["output"], inplace=bool(layer.module.inplace))
