@@ -1,0 +1,123 @@
+// Owns the minimum-maximum reduction, per tensor and per channel. Included once per SIMD tier.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../numerics/half.h"
+#include "dispatch.h"
+#include "kernels.h"
+
+QK_NAMESPACE_BEGIN
+
+using cpu::ExtremaPart;
+
+template <class T>
+struct Extrema {
+  T min = std::numeric_limits<T>::infinity();
+  T max = -std::numeric_limits<T>::infinity();
+
+  // A NaN on either side wins.
+  void combine(T other_min, T other_max) {
+    if (!(other_min >= min)) min = min != min ? min : other_min;
+    if (!(other_max <= max)) max = max != max ? max : other_max;
+  }
+};
+
+// Lanewise running extrema; two chains of each hide the latency of the comparison.
+template <class S>
+Extrema<typename ComputeType<S>::type> extrema_of_run(const S* x, int64_t n) {
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
+  const V infinity = V::broadcast(std::numeric_limits<T>::infinity());
+  const V minus_infinity = V::broadcast(-std::numeric_limits<T>::infinity());
+  V min_a = infinity, min_b = infinity, max_a = minus_infinity, max_b = minus_infinity;
+  LaneBits nan = 0;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const V a = V::load(x + i);
+    const V b = V::load(x + i + kLanes);
+    min_a = minimum(a, min_a);
+    max_a = maximum(a, max_a);
+    min_b = minimum(b, min_b);
+    max_b = maximum(b, max_b);
+    nan |= unordered(a + b);
+  }
+  T lane_min[kLanes], lane_max[kLanes];
+  minimum(min_a, min_b).store(lane_min);
+  maximum(max_a, max_b).store(lane_max);
+  // a + b is NaN for opposite infinities too, so the flag only asks for a closer look.
+  Extrema<T> result;
+  for (int lane = 0; lane < kLanes; ++lane) result.combine(lane_min[lane], lane_max[lane]);
+  for (int64_t j = nan != 0 ? 0 : i; j < n; ++j) {
+    const T value = to_float(x[j]);
+    result.combine(value, value);
+  }
+  return result;
+}
+
+template <class S, class T>
+void extrema_by_segment(const ExtremaPart& job, T* min, T* max) {
+  const S* x = static_cast<const S*>(job.input);
+  for (int64_t o = 0; o < job.view.outer; ++o) {
+    for (int64_t c = 0; c < job.view.channels; ++c) {
+      const Extrema<T> run = extrema_of_run(x + o * job.outer_stride + c * job.view.inner, job.view.inner);
+      Extrema<T> total{min[c], max[c]};
+      total.combine(run.min, run.max);
+      min[c] = total.min;
+      max[c] = total.max;
+    }
+  }
+}
+
+// Short segments: column by column over the rows of channels * inner elements, then the columns of a channel together.
+template <class S, class T>
+void extrema_by_column(const ExtremaPart& job, T* min, T* max) {
+  using V = Vector<T>;
+  const S* x = static_cast<const S*>(job.input);
+  const int64_t columns = job.view.channels * job.view.inner;
+  const size_t padded = static_cast<size_t>((columns + kLanes - 1) / kLanes * kLanes);
+  std::vector<T> column_min(padded, std::numeric_limits<T>::infinity());
+  std::vector<T> column_max(padded, -std::numeric_limits<T>::infinity());
+  std::vector<LaneBits> nan(padded / kLanes, 0);
+  for (int64_t o = 0; o < job.view.outer; ++o) {
+    const S* row = x + o * job.outer_stride;
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      const V value = V::load(row + j);
+      minimum(value, V::load(&column_min[j])).store(&column_min[j]);
+      maximum(value, V::load(&column_max[j])).store(&column_max[j]);
+      nan[static_cast<size_t>(j / kLanes)] |= unordered(value);
+    }
+    for (; j < columns; ++j) {
+      Extrema<T> total{column_min[j], column_max[j]};
+      const T value = to_float(row[j]);
+      total.combine(value, value);
+      column_min[j] = total.min;
+      column_max[j] = total.max;
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    const int64_t c = j / job.view.inner;
+    const bool is_nan = (nan[static_cast<size_t>(j / kLanes)] >> (j % kLanes) & 1) != 0;
+    const T none = std::numeric_limits<T>::quiet_NaN();
+    Extrema<T> total{min[c], max[c]};
+    total.combine(is_nan ? none : column_min[j], is_nan ? none : column_max[j]);
+    min[c] = total.min;
+    max[c] = total.max;
+  }
+}
+
+inline void extrema(const ExtremaPart& job) {
+  dispatch_storage(job.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    using T = typename ComputeType<S>::type;
+    T* min = static_cast<T*>(job.min);
+    T* max = static_cast<T*>(job.max);
+    if (job.view.channels > 1 && job.view.inner < kLanes) return extrema_by_column<S>(job, min, max);
+    return extrema_by_segment<S>(job, min, max);
+  });
+}
+
+QK_NAMESPACE_END

@@ -1,0 +1,333 @@
+// Implements run.h: tier selection, partition and the scalar steps between parallel passes.
+#include "run.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+
+#include "../numerics/affine.h"
+#include "../numerics/half.h"
+#include "kernels.h"
+
+namespace qk::cpu {
+namespace {
+
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 1 << 15;
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> kernels = {&kBaselineKernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) kernels.push_back(&kAvx2Kernels);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    kernels.push_back(&kAvx512Kernels);
+  }
+#endif
+  return kernels;
+}
+
+const Kernels& choose_kernels() {
+  const std::vector<const Kernels*> kernels = available_kernels();
+  const char* forced = std::getenv("QUANTKERNELS_CPU_CAPABILITY");
+  if (forced == nullptr || *forced == '\0') return *kernels.back();
+  std::string names;
+  for (const Kernels* k : kernels) {
+    if (std::string(k->name) == forced) return *k;
+    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  }
+  throw std::runtime_error("quantkernels: expected `QUANTKERNELS_CPU_CAPABILITY` to be one of " + names + ", but got " +
+                           forced);
+}
+
+const Kernels& active_kernels() {
+  static const Kernels& kernels = choose_kernels();
+  return kernels;
+}
+
+template <class F>
+void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F& body) {
+  if (count <= grain) {
+    if (count > 0) body(0, count);
+    return;
+  }
+  parallel_for(
+      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<F*>(&body));
+}
+
+// body(begin, end) over elements, in parts that begin on whole mask bytes.
+template <class F>
+void parallel_elements(ParallelFor parallel_for, int64_t numel, const F& body) {
+  const int64_t parts = (numel + kPartAlignment - 1) / kPartAlignment;
+  parallel(parallel_for, parts, kGrain / kPartAlignment,
+           [&](int64_t begin, int64_t end) { body(begin * kPartAlignment, std::min(end * kPartAlignment, numel)); });
+}
+
+int64_t element_size(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 8;
+    case DType::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+template <class T>
+struct ChannelExtrema {
+  std::vector<T> min, max;
+
+  explicit ChannelExtrema(int64_t channels)
+      : min(static_cast<size_t>(channels), std::numeric_limits<T>::infinity()),
+        max(static_cast<size_t>(channels), -std::numeric_limits<T>::infinity()) {}
+
+  void combine(const ChannelExtrema& other) {
+    for (size_t c = 0; c < min.size(); ++c) {
+      if (!(other.min[c] >= min[c])) min[c] = min[c] != min[c] ? min[c] : other.min[c];
+      if (!(other.max[c] <= max[c])) max[c] = max[c] != max[c] ? max[c] : other.max[c];
+    }
+  }
+};
+
+// T is the compute type of `dtype`. Minimum and maximum are exact, so the partition cannot show.
+template <class T>
+class ExtremaReduction {
+ public:
+  ExtremaReduction(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for)
+      : dtype_(dtype), input_(static_cast<const char*>(input)), view_(view), parallel_for_(parallel_for) {}
+
+  ChannelExtrema<T> run() const {
+    if (view_.channels == 1)
+      return over_slices(
+          view_.outer * view_.inner, kGrain, [](ChannelView, int64_t n) { return ChannelView{1, 1, n}; }, 1);
+    const int64_t row = view_.channels * view_.inner;
+    if (view_.outer >= kRowSlices) {
+      const int64_t rows = std::max((view_.outer + kRowSlices - 1) / kRowSlices, kGrain / std::max<int64_t>(row, 1));
+      return over_slices(
+          view_.outer, rows, [](ChannelView v, int64_t n) { return ChannelView{n, v.channels, v.inner}; }, row);
+    }
+    return over_channels();
+  }
+
+ private:
+  static constexpr int64_t kRowSlices = 16;
+
+  void reduce(int64_t offset, ChannelView view, T* min, T* max) const {
+    active_kernels().extrema(
+        {dtype_, input_ + offset * element_size(dtype_), view, view_.channels * view_.inner, min, max});
+  }
+
+  // Slices of `length` indices, `stride` elements each, reduced apart and then together.
+  template <class ViewOf>
+  ChannelExtrema<T> over_slices(int64_t count, int64_t length, ViewOf view_of, int64_t stride) const {
+    const int64_t slices = std::max<int64_t>((count + length - 1) / length, 1);
+    std::vector<ChannelExtrema<T>> partial(static_cast<size_t>(slices), ChannelExtrema<T>(view_.channels));
+    parallel(parallel_for_, slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        ChannelExtrema<T>& p = partial[static_cast<size_t>(s)];
+        const int64_t n = std::min(length, count - s * length);
+        reduce(s * length * stride, view_of(view_, n), p.min.data(), p.max.data());
+      }
+    });
+    for (size_t s = 1; s < partial.size(); ++s) partial[0].combine(partial[s]);
+    return partial[0];
+  }
+
+  ChannelExtrema<T> over_channels() const {
+    ChannelExtrema<T> result(view_.channels);
+    const int64_t per_channel = std::max<int64_t>(view_.outer * view_.inner, 1);
+    parallel(parallel_for_, view_.channels, std::max<int64_t>(kGrain / per_channel, 1),
+             [&](int64_t begin, int64_t end) {
+               reduce(begin * view_.inner, {view_.outer, end - begin, view_.inner},
+                      &result.min[static_cast<size_t>(begin)], &result.max[static_cast<size_t>(begin)]);
+             });
+    return result;
+  }
+
+  DType dtype_;
+  const char* input_;
+  ChannelView view_;
+  ParallelFor parallel_for_;
+};
+
+template <class T>
+ChannelExtrema<T> reduce_extrema(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for) {
+  return ExtremaReduction<T>(dtype, input, view, parallel_for).run();
+}
+
+template <class T>
+void observe(const ObserveJob& job, ParallelFor parallel_for) {
+  const AffineJob& affine = job.affine;
+  const int64_t channels = affine.view.channels;
+  const ChannelExtrema<T> current = reduce_extrema<T>(affine.dtype, affine.input, affine.view, parallel_for);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T low = static_cast<T>(affine.low);
+    const T high = static_cast<T>(affine.high);
+    const Range seen = {static_cast<float>(clamp(current.min[static_cast<size_t>(c)], low, high)),
+                        static_cast<float>(clamp(current.max[static_cast<size_t>(c)], low, high))};
+    const Range range = update_range({job.range[c], job.range[channels + c]}, seen, job.momentum);
+    job.range[c] = range.min;
+    job.range[channels + c] = range.max;
+    if (!is_observed(range)) continue;
+    const QuantizationParameters parameters =
+        choose_parameters(range.min, range.max, affine.quant_min, affine.quant_max, job.symmetric);
+    job.scale[c] = parameters.scale;
+    job.zero_point[c] = parameters.zero_point;
+  }
+}
+
+template <class S>
+void store_extrema(const ExtremaJob& job, ParallelFor parallel_for) {
+  using T = typename ComputeType<S>::type;
+  const ChannelExtrema<T> extrema = reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for);
+  for (size_t c = 0; c < extrema.min.size(); ++c) {
+    static_cast<S*>(job.min)[c] = round_to<S, T>(extrema.min[c]);
+    static_cast<S*>(job.max)[c] = round_to<S, T>(extrema.max[c]);
+  }
+}
+
+// max|x| per channel; NaN propagates.
+template <class T>
+std::vector<T> largest_magnitudes(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for) {
+  const ChannelExtrema<T> extrema = reduce_extrema<T>(dtype, input, view, parallel_for);
+  std::vector<T> largest(extrema.max.size());
+  for (size_t c = 0; c < largest.size(); ++c) largest[c] = std::max(extrema.max[c], -extrema.min[c]);
+  return largest;
+}
+
+// part(begin, end) on parts of fixed size, whose results are returned in order.
+template <class Result, class F>
+std::vector<Result> sum_parts(ParallelFor parallel_for, int64_t numel, const F& part) {
+  const int64_t count = (numel + kSumPart - 1) / kSumPart;
+  std::vector<Result> results(static_cast<size_t>(count));
+  parallel(parallel_for, count, kGrain / kSumPart, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      results[static_cast<size_t>(p)] = part(p * kSumPart, std::min((p + 1) * kSumPart, numel));
+    }
+  });
+  return results;
+}
+
+template <class T>
+void store_weight_statistic(const DoReFaWeightJob& job, ParallelFor parallel_for) {
+  T* statistic = static_cast<T*>(job.statistic);
+  const Kernels& kernels = active_kernels();
+  if (job.bits == 1) {
+    double sum = 0;
+    for (const double part : sum_parts<double>(parallel_for, job.numel, [&](int64_t begin, int64_t end) {
+           return kernels.magnitude_sum(job, begin, end);
+         })) {
+      sum += part;
+    }
+    *statistic = static_cast<T>(sum / static_cast<double>(job.numel));
+    return;
+  }
+  const T largest = largest_magnitudes<T>(job.dtype, job.input, {1, 1, job.numel}, parallel_for)[0];
+  kernels.tanh_of(job.dtype, &largest, statistic);
+}
+
+template <class T>
+void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
+  const std::vector<T> largest =
+      largest_magnitudes<T>(job.dtype, job.grad_output, {1, job.samples, job.inner}, parallel_for);
+  const Kernels& kernels = active_kernels();
+  parallel_elements(parallel_for, job.samples * job.inner,
+                    [&](int64_t begin, int64_t end) { kernels.dorefa_gradient(job, largest.data(), begin, end); });
+}
+
+}  // namespace
+
+std::vector<std::string> available_tiers() {
+  std::vector<std::string> names;
+  for (const Kernels* k : available_kernels()) names.emplace_back(k->name);
+  return names;
+}
+
+const char* active_tier() { return active_kernels().name; }
+
+void run(const AffineJob& job, ParallelFor parallel_for) {
+  const Kernels& kernels = active_kernels();
+  parallel_elements(parallel_for, job.view.numel(),
+                    [&](int64_t begin, int64_t end) { kernels.fake_quantize(job, begin, end); });
+}
+
+void run(const ObserveJob& job, ParallelFor parallel_for) {
+  if (job.observe && job.affine.view.numel() > 0) {
+    if (job.affine.dtype == DType::kFloat64) {
+      observe<double>(job, parallel_for);
+    } else {
+      observe<float>(job, parallel_for);
+    }
+  }
+  run(job.affine, parallel_for);
+  if (job.advance_step) ++*job.step;
+}
+
+void run(const StraightThroughJob& job, ParallelFor parallel_for) {
+  const Kernels& kernels = active_kernels();
+  parallel_elements(parallel_for, job.numel,
+                    [&](int64_t begin, int64_t end) { kernels.straight_through(job, begin, end); });
+}
+
+void run(const ExtremaJob& job, ParallelFor parallel_for) {
+  switch (job.dtype) {
+    case DType::kFloat32:
+      return store_extrema<float>(job, parallel_for);
+    case DType::kFloat64:
+      return store_extrema<double>(job, parallel_for);
+    case DType::kFloat16:
+      return store_extrema<Half>(job, parallel_for);
+    case DType::kBFloat16:
+      return store_extrema<BFloat16>(job, parallel_for);
+  }
+}
+
+void run(const DoReFaWeightJob& job, ParallelFor parallel_for) {
+  if (job.dtype == DType::kFloat64) {
+    store_weight_statistic<double>(job, parallel_for);
+  } else {
+    store_weight_statistic<float>(job, parallel_for);
+  }
+  const Kernels& kernels = active_kernels();
+  parallel_elements(parallel_for, job.numel,
+                    [&](int64_t begin, int64_t end) { kernels.dorefa_weight(job, begin, end); });
+}
+
+void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for) {
+  const Kernels& kernels = active_kernels();
+  DoReFaWeightSums sums{};
+  for (const DoReFaWeightSums& part : sum_parts<DoReFaWeightSums>(
+           parallel_for, job.numel,
+           [&](int64_t begin, int64_t end) { return kernels.dorefa_weight_sums(job, begin, end); })) {
+    sums.gradient_times_tanh += part.gradient_times_tanh;
+    sums.largest_elements += part.largest_elements;
+  }
+  const double largest = job.dtype == DType::kFloat64 ? *static_cast<const double*>(job.statistic)
+                                                      : static_cast<double>(*static_cast<const float*>(job.statistic));
+  const double through_largest = -sums.gradient_times_tanh / (largest * largest) / sums.largest_elements;
+  parallel_elements(parallel_for, job.numel, [&](int64_t begin, int64_t end) {
+    kernels.dorefa_weight_gradient(job, through_largest, begin, end);
+  });
+}
+
+void run(const DoReFaActivationJob& job, ParallelFor parallel_for) {
+  const Kernels& kernels = active_kernels();
+  parallel_elements(parallel_for, job.numel,
+                    [&](int64_t begin, int64_t end) { kernels.dorefa_activation(job, begin, end); });
+}
+
+void run(const DoReFaGradientJob& job, ParallelFor parallel_for) {
+  if (job.dtype == DType::kFloat64) {
+    quantize_gradient<double>(job, parallel_for);
+  } else {
+    quantize_gradient<float>(job, parallel_for);
+  }
+  ++job.rng_state[1];
+}
+
+}  // namespace qk::cpu

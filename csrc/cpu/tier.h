@@ -1,0 +1,18 @@
+// Owns what a SIMD tier is made of: the loops, compiled for the instruction set that the including file has switched
+// on, and the table of their addresses. The includer defines QK_ARCH and includes its vector header first.
+#pragma once
+
+#include "dispatch.h"
+#include "loops_affine.h"
+#include "loops_dorefa.h"
+#include "loops_extrema.h"
+
+QK_NAMESPACE_BEGIN
+
+constexpr cpu::Kernels make_kernels(const char* name) {
+  return {
+      name,           &fake_quantize,      &straight_through,       &extrema,           &tanh_of,        &magnitude_sum,
+      &dorefa_weight, &dorefa_weight_sums, &dorefa_weight_gradient, &dorefa_activation, &dorefa_gradient};
+}
+
+QK_NAMESPACE_END

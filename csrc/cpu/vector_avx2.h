@@ -1,0 +1,141 @@
+// Owns the 16-lane float vector of the AVX2 tier (AVX2, FMA, F16C): two registers. Operations as in vector_baseline.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "vector_baseline.h"
+
+QK_NAMESPACE_BEGIN
+
+struct F32 {
+  __m256 low, high;
+
+  static QK_INLINE F32 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+
+  static QK_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static QK_INLINE F32 load(const Half* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
+  }
+  static QK_INLINE F32 load(const BFloat16* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
+  }
+
+  QK_INLINE void store(float* p) const {
+    _mm256_storeu_ps(p, low);
+    _mm256_storeu_ps(p + 8, high);
+  }
+  QK_INLINE void store(Half* p) const {
+    __m128i* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+  }
+  QK_INLINE void store(BFloat16* p) const {
+    // packus interleaves the 128-bit halves of its operands; the permutation puts them back in order.
+    const __m256i packed = _mm256_packus_epi32(round_to_bfloat16(low), round_to_bfloat16(high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+
+ private:
+  static QK_INLINE __m256 widen(__m128i bits) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static QK_INLINE __m256i round_to_bfloat16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i upper = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    const __m256i nan = _mm256_or_si256(_mm256_and_si256(upper, _mm256_set1_epi32(0x8000)), _mm256_set1_epi32(0x7fc0));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(rounded, nan, is_nan);
+  }
+};
+
+template <>
+struct VectorOf<float> {
+  using type = F32;
+};
+template <>
+constexpr bool kHasFusedMultiplyAdd<float> = true;
+
+QK_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+QK_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+QK_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+QK_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+
+QK_INLINE F32 fused_multiply_add(F32 a, F32 b, F32 c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+QK_INLINE F32 multiply_unsigned_zero(F32 a, F32 b) { return fused_multiply_add(a, b, F32::broadcast(0.0f)); }
+QK_INLINE F32 round_even(F32 x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.low, kNearest), _mm256_round_ps(x.high, kNearest)};
+}
+// maxps and minps return their second operand when one is NaN or both are zero.
+QK_INLINE F32 minimum(F32 x, F32 accumulator) {
+  return {_mm256_min_ps(x.low, accumulator.low), _mm256_min_ps(x.high, accumulator.high)};
+}
+QK_INLINE F32 maximum(F32 x, F32 accumulator) {
+  return {_mm256_max_ps(x.low, accumulator.low), _mm256_max_ps(x.high, accumulator.high)};
+}
+QK_INLINE F32 clamp(F32 x, F32 low, F32 high) { return minimum(high, maximum(low, x)); }
+QK_INLINE F32 absolute(F32 x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
+}
+
+QK_INLINE F32 select_less(F32 x, F32 bound, F32 below, F32 above) {
+  return {_mm256_blendv_ps(above.low, below.low, _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ)),
+          _mm256_blendv_ps(above.high, below.high, _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ))};
+}
+QK_INLINE F32 copy_sign(F32 magnitude, F32 sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.low), _mm256_and_ps(bit, sign.low)),
+          _mm256_or_ps(_mm256_andnot_ps(bit, magnitude.high), _mm256_and_ps(bit, sign.high))};
+}
+QK_INLINE __m256 power_of_two(__m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+QK_INLINE F32 power_of_two(F32 n) { return {power_of_two(n.low), power_of_two(n.high)}; }
+QK_INLINE F32 constant_like(F32, float c) { return F32::broadcast(c); }
+
+QK_INLINE LaneBits lane_bits(__m256 low, __m256 high) {
+  return static_cast<LaneBits>(_mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8);
+}
+QK_INLINE LaneBits strictly_between(F32 x, F32 low, F32 high) {
+  return lane_bits(
+      _mm256_and_ps(_mm256_cmp_ps(x.low, low.low, _CMP_GT_OQ), _mm256_cmp_ps(x.low, high.low, _CMP_LT_OQ)),
+      _mm256_and_ps(_mm256_cmp_ps(x.high, low.high, _CMP_GT_OQ), _mm256_cmp_ps(x.high, high.high, _CMP_LT_OQ)));
+}
+QK_INLINE LaneBits inclusively_between(F32 x, F32 low, F32 high) {
+  return lane_bits(
+      _mm256_and_ps(_mm256_cmp_ps(x.low, low.low, _CMP_GE_OQ), _mm256_cmp_ps(x.low, high.low, _CMP_LE_OQ)),
+      _mm256_and_ps(_mm256_cmp_ps(x.high, low.high, _CMP_GE_OQ), _mm256_cmp_ps(x.high, high.high, _CMP_LE_OQ)));
+}
+QK_INLINE LaneBits unordered(F32 x) {
+  return lane_bits(_mm256_cmp_ps(x.low, x.low, _CMP_UNORD_Q), _mm256_cmp_ps(x.high, x.high, _CMP_UNORD_Q));
+}
+
+// Each lane picks its own bit out of a broadcast of all, and the comparison makes it a lane mask.
+QK_INLINE void copy_selected_lanes(LaneBits bits, const uint32_t* from, uint32_t* to) {
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  for (int half = 0; half < 2; ++half) {
+    const __m256i all = _mm256_set1_epi32(bits >> (8 * half));
+    const __m256i keep = _mm256_cmpeq_epi32(_mm256_and_si256(all, lane_bit), lane_bit);
+    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8 * half));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * half), _mm256_and_si256(value, keep));
+  }
+}
+QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t* to) {
+  const __m256i lane_bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                             static_cast<int16_t>(0x8000));
+  const __m256i all = _mm256_set1_epi16(static_cast<int16_t>(bits));
+  const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane_bit), lane_bit);
+  const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(value, keep));
+}
+
+QK_NAMESPACE_END

@@ -1,0 +1,148 @@
+// Owns the portable 16-lane vector: plain loops that every compiler turns into what the target has (SSE2, NEON, AVX for
+// float64). Included inside a tier's namespace; the other vector headers offer the same operations on float.
+#pragma once
+
+#include "../numerics/half.h"
+#include "../numerics/tanh.h"
+
+QK_NAMESPACE_BEGIN
+
+constexpr int kLanes = 16;
+using LaneBits = uint16_t;  // lane i is bit i
+
+template <class T>
+struct Lanes {
+  T lane[kLanes];
+
+  static QK_INLINE Lanes broadcast(T x) {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = x;
+    return r;
+  }
+  template <class S>
+  static QK_INLINE Lanes load(const S* p) {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = to_float(p[i]);
+    return r;
+  }
+  template <class S>
+  QK_INLINE void store(S* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = round_to<S, T>(lane[i]);
+  }
+};
+
+// The vector that holds kLanes values of T; a tier specialises it where it has something better than loops.
+template <class T>
+struct VectorOf {
+  using type = Lanes<T>;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+// Whether quotients by the two-multiplication reciprocal pay off: they need the fused multiply-add instruction.
+template <class T>
+constexpr bool kHasFusedMultiplyAdd = false;
+
+#define QK_LANEWISE(EXPRESSION)                                            \
+  Lanes<T> r;                                                              \
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<T>(EXPRESSION); \
+  return r
+
+template <class T>
+QK_INLINE Lanes<T> operator+(Lanes<T> a, Lanes<T> b) {
+  QK_LANEWISE(a.lane[i] + b.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> operator-(Lanes<T> a, Lanes<T> b) {
+  QK_LANEWISE(a.lane[i] - b.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> operator*(Lanes<T> a, Lanes<T> b) {
+  QK_LANEWISE(a.lane[i] * b.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
+  QK_LANEWISE(a.lane[i] / b.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> clamp(Lanes<T> x, Lanes<T> low, Lanes<T> high) {
+  QK_LANEWISE(clamp(x.lane[i], low.lane[i], high.lane[i]));
+}
+template <class T>
+QK_INLINE Lanes<T> multiply_unsigned_zero(Lanes<T> a, Lanes<T> b) {
+  QK_LANEWISE(a.lane[i] * b.lane[i] + T(0));
+}
+// Without the instruction a fused multiply-add is a slow library call: the baseline tier does not choose this path.
+template <class T>
+QK_INLINE Lanes<T> fused_multiply_add(Lanes<T> a, Lanes<T> b, Lanes<T> c) {
+  QK_LANEWISE(fused_multiply_add(a.lane[i], b.lane[i], c.lane[i]));
+}
+// rint as two additions, which SSE2 has: adding and taking away 2^(p-1) leaves no fraction; larger numbers have none.
+template <class T>
+QK_INLINE Lanes<T> round_even(Lanes<T> x) {
+  constexpr T kInteger = sizeof(T) == sizeof(float) ? T(0x1p23) : T(0x1p52);
+  QK_LANEWISE((x.lane[i] < T(0) ? (x.lane[i] > -kInteger ? (x.lane[i] - kInteger) + kInteger : x.lane[i])
+                                : (x.lane[i] < kInteger ? (x.lane[i] + kInteger) - kInteger : x.lane[i])));
+}
+template <class T>
+QK_INLINE Lanes<T> absolute(Lanes<T> x) {
+  QK_LANEWISE(x.lane[i] < T(0) ? -x.lane[i] : x.lane[i]);
+}
+// A NaN in x leaves the accumulator as it is; unordered() reports it.
+template <class T>
+QK_INLINE Lanes<T> minimum(Lanes<T> x, Lanes<T> accumulator) {
+  QK_LANEWISE(x.lane[i] < accumulator.lane[i] ? x.lane[i] : accumulator.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> maximum(Lanes<T> x, Lanes<T> accumulator) {
+  QK_LANEWISE(x.lane[i] > accumulator.lane[i] ? x.lane[i] : accumulator.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> select_less(Lanes<T> x, Lanes<T> bound, Lanes<T> below, Lanes<T> above) {
+  QK_LANEWISE(x.lane[i] < bound.lane[i] ? below.lane[i] : above.lane[i]);
+}
+template <class T>
+QK_INLINE Lanes<T> copy_sign(Lanes<T> magnitude, Lanes<T> sign) {
+  QK_LANEWISE(std::copysign(magnitude.lane[i], sign.lane[i]));
+}
+QK_INLINE Lanes<float> power_of_two(Lanes<float> n) {
+  Lanes<float> r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = power_of_two(n.lane[i]);
+  return r;
+}
+template <class T>
+QK_INLINE Lanes<T> constant_like(Lanes<T>, T c) {
+  return Lanes<T>::broadcast(c);
+}
+QK_INLINE Lanes<double> hyperbolic_tangent(Lanes<double> x) {
+  for (double& lane : x.lane) lane = hyperbolic_tangent(lane);
+  return x;
+}
+#undef QK_LANEWISE
+
+template <class T>
+QK_INLINE LaneBits strictly_between(Lanes<T> x, Lanes<T> low, Lanes<T> high) {
+  LaneBits bits = 0;
+  for (int i = 0; i < kLanes; ++i)
+    bits |= static_cast<LaneBits>((x.lane[i] > low.lane[i]) & (x.lane[i] < high.lane[i])) << i;
+  return bits;
+}
+template <class T>
+QK_INLINE LaneBits inclusively_between(Lanes<T> x, Lanes<T> low, Lanes<T> high) {
+  LaneBits bits = 0;
+  for (int i = 0; i < kLanes; ++i)
+    bits |= static_cast<LaneBits>((x.lane[i] >= low.lane[i]) & (x.lane[i] <= high.lane[i])) << i;
+  return bits;
+}
+template <class T>
+QK_INLINE LaneBits unordered(Lanes<T> x) {
+  LaneBits bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<LaneBits>(x.lane[i] != x.lane[i]) << i;
+  return bits;
+}
+// Lane i where bit i is set, zero elsewhere; on raw bits, so that it serves every dtype of the size and keeps NaNs.
+template <class U>
+QK_INLINE void copy_selected_lanes(LaneBits bits, const U* from, U* to) {
+  for (int i = 0; i < kLanes; ++i) to[i] = (bits >> i & 1) != 0 ? from[i] : U(0);
+}
+
+QK_NAMESPACE_END

@@ -1,0 +1,158 @@
+// Owns the arithmetic of affine fake quantization (Jacob et al. 2018, arXiv 1712.05877; ONNX QuantizeLinear): range to
+// scale and zero point, and one element's quantize-dequantize with its straight-through mask.
+//
+// The contract's element is
+//     q = rint(x / scale) + zero_point;  y = (clamp(q, quant_min, quant_max) - zero_point) * scale
+//     mask = low < x < high and quant_min <= q <= quant_max
+// behind an optional clamp-type activation x = clamp(x, low, high). Because rint(x / scale) is monotonic in x, both the
+// saturation and the mask are decided by comparing x itself with constants computed once per (scale, zero_point):
+//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the quotient
+//     (the rounded product is within 2^-24 of the grid's end, far from the next tie), and two clamps compose to one;
+//   * the mask is an open interval whose ends are found by stepping through the floats next to the outermost ties.
+//
+// The division by `scale` is a multiplication by the unevaluated sum inverse_high + inverse_low of two floats, two
+// instructions instead of the divider:  x / scale = fma(x, inverse_high, x * inverse_low).
+// With 24-bit significands the error before the last rounding is below 2^-48 (x/2 + 1) for x, scale in [1, 2). A
+// quotient that is not a midpoint between two floats is at least 2^-47 / scale (x >= scale) or 2^-48 / scale (x <
+// scale) away from one. The first case is proved by these bounds alone; in the second only the least distance is open,
+// which for each midpoint M (25 bits) is met by the significands S = +-1/M mod 2^25 alone. Next to the ties k + 1/2, k
+// < 2^11, no such S is a normalised significand (tests/test_numerics.py enumerates them), so rint of the quotient is
+// exact for grids within
+// +-2^11 of the zero point; wider grids and extreme scales divide.
+#pragma once
+
+#include "scalar.h"
+
+QK_NAMESPACE_BEGIN
+
+constexpr float kSmallestScale = 0x1p-126f;
+constexpr int kReciprocalGridLimit = 1 << 11;
+
+// Range to (scale, zero_point): contract, section 2. Every operation rounds to float32.
+struct QuantizationParameters {
+  float scale;
+  int32_t zero_point;
+};
+
+QK_INLINE QuantizationParameters choose_parameters(float range_min, float range_max, int32_t quant_min,
+                                                   int32_t quant_max, bool symmetric) {
+  const float low = range_min < 0.0f ? range_min : 0.0f;
+  const float high = range_max > 0.0f ? range_max : 0.0f;
+  if (symmetric) {
+    const int32_t zero_point = quant_min < 0 ? 0 : (quant_max + 1) / 2;
+    const float magnitude = -low > high ? -low : high;
+    const float scale = magnitude / static_cast<float>(quant_max - zero_point);
+    return {scale > kSmallestScale ? scale : kSmallestScale, zero_point};
+  }
+  const float raw = (high - low) / static_cast<float>(quant_max - quant_min);
+  const float scale = raw > kSmallestScale ? raw : kSmallestScale;
+  const float zero_point = static_cast<float>(quant_min) - round_even(low / scale);
+  return {scale, static_cast<int32_t>(clamp(zero_point, static_cast<float>(quant_min), static_cast<float>(quant_max)))};
+}
+
+// One observation of a moving average: the current extremum enters with weight `momentum`.
+QK_INLINE float moving_average(float running, float current, float momentum) {
+  return running + momentum * (current - running);
+}
+
+struct Range {
+  float min;
+  float max;
+};
+
+QK_INLINE bool is_finite(float x) { return x - x == 0.0f; }
+// The initial (+inf, -inf) marks a range that has seen no finite data.
+QK_INLINE bool is_observed(Range r) { return r.min <= r.max; }
+
+// Contract, section 5. -0 becomes +0, so that the order of a reduction cannot show.
+QK_INLINE Range update_range(Range running, Range current, float momentum) {
+  if (!is_finite(current.min) || !is_finite(current.max)) return running;
+  current = {current.min + 0.0f, current.max + 0.0f};
+  if (!is_observed(running) || momentum == 1.0f) return current;
+  return {moving_average(running.min, current.min, momentum), moving_average(running.max, current.max, momentum)};
+}
+
+// How an element is to be treated; kernels branch on it once per tensor or channel.
+enum class AffineMode : int32_t {
+  kReciprocal,   // quotient by two multiplications
+  kDivide,       // quotient by the divider
+  kPassThrough,  // quantization is delayed or the range unknown: the activation alone
+};
+
+// What one element needs, as values of type V: a scalar, or a vector holding one constant (per tensor) or one channel's
+// constant per lane.
+template <class V>
+struct AffineConstants {
+  V scale;
+  V inverse_high, inverse_low;
+  V clamp_low, clamp_high;  // saturation, with the activation's bounds
+  V pass_low, pass_high;    // the gradient passes strictly between
+};
+
+template <class T>
+struct AffineGrid {
+  AffineConstants<T> constants;
+  AffineMode mode;
+};
+
+// The least x with rint(x / scale) > level, or infinity. The product is within two floats of it.
+template <class T>
+QK_INLINE T first_above(T level, T scale) {
+  T x = (level + T(0.5)) * scale;
+  for (int step = 0; step < 4 && round_even(next_down(x) / scale) > level; ++step) x = next_down(x);
+  for (int step = 0; step < 4 && !(round_even(x / scale) > level); ++step) x = next_up(x);
+  return x;
+}
+
+template <class T>
+QK_INLINE AffineGrid<T> make_pass_through(T low, T high) {
+  return {{T(1), T(1), T(0), low, high, low, high}, AffineMode::kPassThrough};
+}
+
+// T is float, or double for float64 tensors (whose scale is the widened float32). zero_point in [quant_min, quant_max].
+template <class T>
+QK_INLINE AffineGrid<T> make_affine(float scale32, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
+                                    T high) {
+  const T scale = scale32;
+  const int64_t level_min = int64_t{quant_min} - zero_point;
+  const int64_t level_max = int64_t{quant_max} - zero_point;
+  const T grid_low = T(level_min) * scale;
+  const T grid_high = T(level_max) * scale;
+  const T above = first_above(T(level_max), scale);
+  const T below = -first_above(T(-level_min), scale);
+  AffineGrid<T> grid;
+  AffineConstants<T>& c = grid.constants;
+  c.scale = scale;
+  c.inverse_high = T(1) / scale;
+  c.inverse_low = fused_multiply_add(-c.inverse_high, scale, T(1)) / scale;
+  c.clamp_low = clamp(low, grid_low, grid_high);
+  c.clamp_high = clamp(high, grid_low, grid_high);
+  c.pass_low = low > below ? low : below;
+  c.pass_high = high < above ? high : above;
+  const bool narrow = level_min >= -kReciprocalGridLimit && level_max <= kReciprocalGridLimit;
+  // Between these scales neither the reciprocal nor the residual leaves the normal range.
+  const bool moderate = scale32 >= 0x1p-96f && scale32 <= 0x1p96f;
+  grid.mode = sizeof(T) == sizeof(float) && narrow && moderate ? AffineMode::kReciprocal : AffineMode::kDivide;
+  return grid;
+}
+
+template <AffineMode mode, class V>
+QK_INLINE V fake_quantize_element(V x, const AffineConstants<V>& c) {
+  const V inside = clamp(x, c.clamp_low, c.clamp_high);
+  if constexpr (mode == AffineMode::kPassThrough) {
+    return inside;
+  } else if constexpr (mode == AffineMode::kDivide) {
+    return multiply_unsigned_zero(round_even(inside / c.scale), c.scale);
+  } else {
+    const V quotient = fused_multiply_add(inside, c.inverse_high, inside * c.inverse_low);
+    return multiply_unsigned_zero(round_even(quotient), c.scale);
+  }
+}
+
+// Contract: mask. A bool for a scalar, one bit per lane for a vector.
+template <class V>
+QK_INLINE auto gradient_passes(V x, const AffineConstants<V>& c) {
+  return strictly_between(x, c.pass_low, c.pass_high);
+}
+
+QK_NAMESPACE_END

@@ -1,0 +1,82 @@
+// Owns the elementary operations on one float or double; the SIMD vector types offer the same set under the same names,
+// so that an element's formula is written once, as a template over the value type.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "portability.h"
+
+QK_NAMESPACE_BEGIN
+
+template <class To, class From>
+QK_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+QK_INLINE float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+QK_INLINE double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
+
+// Ties to even (the rounding mode is never changed).
+QK_INLINE float round_even(float x) { return ::rintf(x); }
+QK_INLINE double round_even(double x) { return ::rint(x); }
+
+// NaN stays NaN; equal zeros keep the sign of x.
+template <class T>
+QK_INLINE T clamp(T x, T low, T high) {
+  const T raised = x < low ? low : x;
+  return raised > high ? high : raised;
+}
+
+// low < x < high; false for NaN.
+QK_INLINE bool strictly_between(float x, float low, float high) { return x > low && x < high; }
+QK_INLINE bool strictly_between(double x, double low, double high) { return x > low && x < high; }
+
+// a * b with a negative zero made positive.
+QK_INLINE float multiply_unsigned_zero(float a, float b) { return a * b + 0.0f; }
+QK_INLINE double multiply_unsigned_zero(double a, double b) { return a * b + 0.0; }
+
+// x < bound ? below : above.
+template <class T>
+QK_INLINE T select_less(T x, T bound, T below, T above) {
+  return x < bound ? below : above;
+}
+QK_INLINE float absolute(float x) { return ::fabsf(x); }
+QK_INLINE double absolute(double x) { return ::fabs(x); }
+QK_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
+QK_INLINE double copy_sign(double magnitude, double sign) { return ::copysign(magnitude, sign); }
+// A constant of the same kind as the first argument: itself, or a vector of it.
+QK_INLINE float constant_like(float, float c) { return c; }
+
+template <class T>
+struct FloatTraits;
+template <>
+struct FloatTraits<float> {
+  using Bits = uint32_t;
+};
+template <>
+struct FloatTraits<double> {
+  using Bits = uint64_t;
+};
+
+// The neighbouring floating-point number towards +infinity; NaN and +infinity are returned as they are.
+template <class T>
+QK_INLINE T next_up(T x) {
+  using Bits = typename FloatTraits<T>::Bits;
+  constexpr Bits kSign = Bits{1} << (8 * sizeof(Bits) - 1);
+  if (!(x < T(INFINITY))) return x;
+  const Bits bits = bit_cast<Bits>(x);
+  if ((bits & ~kSign) == 0) return bit_cast<T>(Bits{1});
+  return bit_cast<T>((bits & kSign) != 0 ? bits - 1 : bits + 1);
+}
+
+template <class T>
+QK_INLINE T next_down(T x) {
+  return -next_up(-x);
+}
+
+QK_NAMESPACE_END

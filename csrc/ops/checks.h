@@ -1,0 +1,41 @@
+// Owns the checks in front of every operator. Messages read "op: expected `argument` to be X, but got Y" and are the
+// same in the fake implementations (quantkernels/_ops.py). Order: device, dtype, shape, value.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../jobs.h"
+
+namespace qk::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+[[noreturn]] void fail(const char* op, const char* argument, const Args&... rest) {
+  std::ostringstream message;
+  message << op << ": expected `" << argument << "` to be ";
+  (message << ... << rest);
+  throw std::runtime_error(message.str());
+}
+
+std::string dtype_name(ScalarType dtype);
+std::string shape_text(const Tensor& tensor);
+
+void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
+DType check_floating(const char* op, const char* argument, const Tensor& tensor);
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType expected);
+// The axis counted from 0, or nothing for per tensor.
+std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis);
+// [1] (or 0-dim) per tensor, [size of the axis] per channel.
+void check_per_channel(const char* op, const char* argument, const Tensor& tensor, int64_t channels);
+void check_grid(const char* op, int64_t quant_min, int64_t quant_max, double low, double high);
+void check_contiguous(const char* op, const char* argument, const Tensor& tensor);
+
+}  // namespace qk::ops

@@ -1,0 +1,114 @@
+// Implements layout.h.
+#include "layout.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <numeric>
+
+namespace qk::ops {
+namespace {
+
+// Dimensions from the outermost to the innermost in memory.
+std::vector<int64_t> memory_order(int64_t dims, Layout layout) {
+  std::vector<int64_t> order(static_cast<size_t>(dims));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  if (layout != Layout::kContiguous) {
+    order.erase(order.begin() + 1);
+    order.push_back(1);
+  }
+  return order;
+}
+
+bool is_dense(const Tensor& tensor, Layout layout) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const std::vector<int64_t> order = memory_order(tensor.dim(), layout);
+  int64_t expected = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    const size_t d = static_cast<size_t>(order[i]);
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
+std::vector<int64_t> dense_strides(const Tensor& tensor, Layout layout) {
+  const auto sizes = tensor.sizes();
+  const std::vector<int64_t> order = memory_order(tensor.dim(), layout);
+  std::vector<int64_t> strides(order.size());
+  int64_t stride = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    const size_t d = static_cast<size_t>(order[i]);
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  return strides;
+}
+
+Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) {
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+}  // namespace
+
+std::optional<Layout> dense_layout(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return Layout::kContiguous;
+  if (tensor.dim() == 4 && is_dense(tensor, Layout::kChannelsLast)) return Layout::kChannelsLast;
+  if (tensor.dim() == 5 && is_dense(tensor, Layout::kChannelsLast3d)) return Layout::kChannelsLast3d;
+  return std::nullopt;
+}
+
+Tensor in_layout(const Tensor& tensor, Layout layout) {
+  const bool dense = layout == Layout::kContiguous ? tensor.is_contiguous() : is_dense(tensor, layout);
+  if (dense) return tensor;
+  Tensor copy = empty_in_layout(tensor, layout);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+Tensor empty_in_layout(const Tensor& like, Layout layout) {
+  const std::vector<int64_t> strides = dense_strides(like, layout);
+  return empty_strided(like, like.sizes().data(), strides.data(), like.dim(), dtype_of(like));
+}
+
+Tensor empty_mask(const Tensor& like) {
+  const int64_t size = (like.numel() + 7) / 8;
+  const int64_t stride = 1;
+  return empty_strided(like, &size, &stride, 1, aoti_torch_dtype_uint8());
+}
+
+Tensor empty_vector(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  return empty_strided(like, &size, &stride, 1, dtype_of(like));
+}
+
+ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis) {
+  if (!axis.has_value()) return {1, 1, tensor.numel()};
+  ChannelView view = {1, 1, 1};
+  const auto sizes = tensor.sizes();
+  int64_t* factor = &view.outer;
+  for (const int64_t d : memory_order(tensor.dim(), layout)) {
+    const int64_t size = sizes[static_cast<size_t>(d)];
+    if (d == *axis) {
+      view.channels = size;
+      factor = &view.inner;
+    } else {
+      *factor *= size;
+    }
+  }
+  return view;
+}
+
+}  // namespace qk::ops

@@ -1,0 +1,405 @@
+"""Every public operator against the reference, bit for bit, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+from quantkernels import functional, reference
+
+NO_GRAD_VALUE = 0.0
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal values, NaN equal to NaN, zeros of either sign equal; same dtype and shape."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def run_both(name: str, input: Tensor, *args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and input gradient of the kernel and of the reference."""
+    results = []
+    for module in (functional, reference):
+        x = input.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = getattr(module, name)(x, *args, **kwargs)
+        gradient = cases.sample(tuple(y.shape), y.dtype, seed=7).nan_to_num(1.0, 2.0, 3.0).clamp(-100, 100)
+        y.backward(gradient)
+        assert x.grad is not None
+        results.append([y.detach(), x.grad])
+    return results[0], results[1]
+
+
+def assert_matches_reference(name: str, input: Tensor, *args: Any, **kwargs: Any) -> None:
+    actual, expected = run_both(name, input, *args, **kwargs)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("grid", cases.GRIDS, ids=str)
+@pytest.mark.parametrize("size", cases.SIZES)
+def test_fake_quantize_sizes(size: int, grid: tuple[float, int, int, int], dtype: torch.dtype) -> None:
+    spread = min(grid[0] * (grid[3] - grid[2]) / 2, 1e35)
+    assert_matches_reference("fake_quantize", cases.sample(size, dtype, spread=spread), *grid)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("bounds", cases.BOUNDS, ids=str)
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+def test_fake_quantize_layouts(layout: cases.Layout, bounds: Any, dtype: torch.dtype) -> None:
+    x = layout.make(dtype)
+    assert_matches_reference("fake_quantize", x, 0.1, 20, 0, 63, bounds=bounds)
+    y = functional.fake_quantize(x, 0.1, 20, 0, 63, bounds=bounds)
+    assert y.is_contiguous(memory_format=layout.result)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), cases.CHANNEL_SHAPES, ids=str)
+def test_fake_quantize_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    scale, zero_point = cases.channel_parameters(shape[axis], -8, 7)
+    for memory_format in cases.channels_last_variants(shape):
+        x = cases.sample(shape, dtype).contiguous(memory_format=memory_format)
+        assert_matches_reference("fake_quantize", x, scale, zero_point, -8, 7, axis)
+        assert_matches_reference("fake_quantize", x, scale, zero_point, -8, 7, axis, bounds=(0.0, 1.0))
+
+
+def test_fake_quantize_per_channel_with_mixed_modes() -> None:
+    scale = torch.tensor([0.1, 2.0**-120, 1e30, 0.5, 1e-3, 0.01, 7.0])
+    zero_point = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)
+    for shape, axis in (((7, 40), 0), ((40, 7), 1), ((7, 3, 5), 0)):
+        assert_matches_reference("fake_quantize", cases.sample(shape, torch.float32), scale, zero_point, 0, 255, axis)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.0123456, 1 / 3, 0.7, 3.14159e-5, 123.456])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fake_quantize_next_to_ties(scale: float, dtype: torch.dtype) -> None:
+    rounded = float(torch.tensor(scale, dtype=torch.float32))
+    assert_matches_reference("fake_quantize", cases.near_ties(rounded, range(-140, 140), dtype), scale, 0, -128, 127)
+    wide = cases.near_ties(rounded, range(-5, 66000), dtype)
+    assert_matches_reference("fake_quantize", wide, scale, 0, 0, 65535)
+
+
+def test_fake_quantize_random_scales_next_to_ties() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(300):
+        scale = float(torch.exp(torch.randn((), generator=generator) * 20).clamp(1e-37, 1e35))
+        rounded = float(torch.tensor(scale, dtype=torch.float32))
+        zero_point = int(torch.randint(-128, 128, (), generator=generator))
+        assert_matches_reference("fake_quantize", cases.near_ties(rounded, range(-300, 300)), scale, zero_point, -128, 127)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", ["fake_quantize", "dorefa_activation"])
+def test_in_place(layout: cases.Layout, name: str) -> None:
+    args: tuple[Any, ...] = (0.1, 20, 0, 63) if name == "fake_quantize" else (3,)
+    x = layout.make(torch.float32).clone(memory_format=torch.preserve_format)
+    leaf = x.clone().requires_grad_()
+    expected = getattr(reference, name)(leaf, *args)
+    gradient = torch.rand_like(expected)
+    expected.backward(gradient)
+    other = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    intermediate = other * 1
+    result = getattr(functional, name)(intermediate, *args, inplace=True)
+    assert result is intermediate
+    assert_same_bits(result.detach(), expected.detach())
+    result.backward(gradient)
+    assert leaf.grad is not None and other.grad is not None
+    assert_same_bits(other.grad, leaf.grad)
+    without_grad = x.clone(memory_format=torch.preserve_format)
+    pointer = without_grad.data_ptr()
+    assert getattr(functional, name)(without_grad, *args, inplace=True) is without_grad
+    assert without_grad.data_ptr() == pointer
+    assert_same_bits(without_grad, expected.detach())
+
+
+def test_in_place_on_strides_that_are_not_dense() -> None:
+    base = cases.sample((10, 40), torch.float32)
+    expected = base.clone()
+    expected[::2, ::3] = reference.fake_quantize(base[::2, ::3], 0.1, 20, 0, 63)
+    functional.fake_quantize(base[::2, ::3], 0.1, 20, 0, 63, inplace=True)
+    assert_same_bits(base, expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_in_another_layout_than_the_input(memory_format: torch.memory_format) -> None:
+    x = cases.sample((3, 5, 7, 9), torch.float32).contiguous(memory_format=memory_format).requires_grad_()
+    other = torch.channels_last if memory_format == torch.contiguous_format else torch.contiguous_format
+    gradient = torch.randn(3, 5, 7, 9).contiguous(memory_format=other)
+    before = gradient.clone(memory_format=torch.preserve_format)
+    functional.fake_quantize(x, 0.1, 20, 0, 63).backward(gradient)
+    leaf = x.detach().clone().requires_grad_()
+    reference.fake_quantize(leaf, 0.1, 20, 0, 63).backward(gradient)
+    assert x.grad is not None and leaf.grad is not None
+    assert_same_bits(x.grad, leaf.grad)
+    assert_same_bits(gradient, before)
+    expanded = torch.tensor(2.0).expand(3, 5, 7, 9)
+    x.grad = None
+    functional.fake_quantize(x, 0.1, 20, 0, 63).backward(expanded)
+    assert x.grad is not None
+    assert set(x.grad.unique().tolist()) == {0.0, 2.0}
+
+
+def test_saves_one_bit_per_element() -> None:
+    saved: list[int] = []
+    x = torch.randn(1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.untyped_storage().nbytes()), t)[1], lambda t: t):
+        functional.fake_quantize(x, 0.1, 0, -128, 127)
+        functional.dorefa_activation(x, 4)
+    assert saved == [125, 125]
+
+
+def test_double_backward_is_the_mask_again() -> None:
+    x = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    y = (functional.fake_quantize(x, 0.1, 0, -8, 7) * w).sum()
+    (grad_x,) = torch.autograd.grad(y, x, create_graph=True)
+    (grad_w,) = torch.autograd.grad(grad_x.sum(), w)
+    mask = (torch.round(x.detach() / torch.tensor(0.1).double()).clamp(-8, 7) * torch.tensor(0.1).double() - x.detach()).abs() <= 0.0501
+    assert_same_bits(grad_w, mask.double())
+
+
+def observer_state(channels: int | None) -> dict[str, Tensor]:
+    shape = (2,) if channels is None else (2, channels)
+    n = channels or 1
+    return {
+        "range": torch.stack((torch.full(shape[1:], math.inf), torch.full(shape[1:], -math.inf))),
+        "scale": torch.ones(n),
+        "zero_point": torch.zeros(n, dtype=torch.int32),
+        "step": torch.zeros((), dtype=torch.int64),
+    }
+
+
+def observe_twins(steps: list[Tensor], channels: int | None, **kwargs: Any) -> None:
+    """The same sequence of inputs through kernel and reference: outputs, gradients and every buffer stay equal."""
+    states = [observer_state(channels), observer_state(channels)]
+    for number, x in enumerate(steps):
+        outputs = []
+        for module, state in zip((functional, reference), states, strict=True):
+            leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            y = module.observe_fake_quantize(leaf, *state.values(), 0, 255, **kwargs)
+            y.backward(torch.ones_like(y))
+            assert leaf.grad is not None
+            outputs.append((y.detach(), leaf.grad))
+        for actual, expected in zip(*outputs, strict=True):
+            assert_same_bits(actual, expected)
+        for key in states[0]:
+            assert torch.equal(states[0][key], states[1][key]), f"{key} after step {number}"
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bounds", [None, (0.0, math.inf), (0.0, 6.0)], ids=str)
+def test_observe_sequences(dtype: torch.dtype, symmetric: bool, bounds: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    steps = [(torch.randn(4, 9, 33, generator=generator) * (i + 1)).to(dtype) for i in range(4)]
+    steps.insert(2, torch.full((5,), math.nan, dtype=dtype))
+    steps.insert(0, torch.tensor([math.inf, 1.0], dtype=dtype))
+    steps.append(torch.empty(0, dtype=dtype))
+    steps.append(torch.zeros(7, dtype=dtype))
+    steps.append(cases.sample((100_000,), dtype))
+    for start in (0, 3):
+        observe_twins(steps, None, symmetric=symmetric, bounds=bounds, quant_start_step=start)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), cases.CHANNEL_SHAPES, ids=str)
+def test_observe_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    for memory_format in cases.channels_last_variants(shape):
+        steps = [cases.sample(shape, dtype, seed=s).nan_to_num(0.5, 2.0, -2.0).contiguous(memory_format=memory_format) for s in range(3)]
+        steps[0].select(axis, 0).fill_(math.nan)  # a channel whose range stays unknown for a step
+        observe_twins(steps, shape[axis], axis=axis, momentum=0.1)
+        observe_twins(steps, shape[axis], axis=axis, momentum=1.0, quant_start_step=1, symmetric=True)
+
+
+def test_observe_leaves_buffers_alone_in_evaluation() -> None:
+    state = observer_state(None)
+    functional.observe_fake_quantize(torch.randn(100), *state.values(), 0, 255)
+    before = {key: value.clone() for key, value in state.items()}
+    functional.observe_fake_quantize(torch.randn(100) * 9, *state.values(), 0, 255, observe=False, advance_step=False)
+    assert all(torch.equal(before[key], state[key]) for key in state)
+
+
+def test_unobserved_evaluation_passes_the_input() -> None:
+    x = torch.randn(100)
+    y = functional.observe_fake_quantize(x, *observer_state(None).values(), 0, 255, observe=False, advance_step=False)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+def test_min_max_layouts(layout: cases.Layout, dtype: torch.dtype) -> None:
+    x = layout.make(dtype)
+    if x.numel() == 0:
+        with pytest.raises(RuntimeError, match=r"min_max: expected `input` to be of at least one element, but got \[4, 0, 3\]"):
+            functional.min_max(x)
+        return
+    for values in (x, x.nan_to_num(0.1, 5.0, -5.0)):
+        for actual, expected in zip(functional.min_max(values), reference.min_max(values), strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), (*cases.CHANNEL_SHAPES, ((100, 3, 50, 50), 1), ((5000, 3), 1), ((3, 100_000), 0)), ids=str)
+def test_min_max_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    for memory_format in cases.channels_last_variants(shape):
+        x = cases.sample(shape, dtype).contiguous(memory_format=memory_format)
+        for values in (x, x.nan_to_num(0.1, 5.0, -5.0)):
+            for actual, expected in zip(functional.min_max(values, axis), reference.min_max(values, axis), strict=True):
+                assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("position", [0, 15, 16, 40, 99])
+def test_min_max_finds_a_nan_anywhere_and_no_other(position: int) -> None:
+    x = torch.randn(100)
+    x[position] = math.nan
+    assert all(bool(v.isnan()) for v in functional.min_max(x))
+    x[position] = math.inf
+    x[(position + 16) % 100] = -math.inf
+    assert [v.item() for v in functional.min_max(x)] == [-math.inf, math.inf]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("bits", [*range(1, 9), 12, 16, 32])
+def test_dorefa_activation(bits: int, dtype: torch.dtype) -> None:
+    for size in cases.SIZES:
+        assert_matches_reference("dorefa_activation", cases.sample(size, dtype, spread=0.7), bits)
+    for layout in cases.LAYOUTS:
+        assert_matches_reference("dorefa_activation", layout.make(dtype), bits)
+
+
+def dorefa_tolerance(dtype: torch.dtype) -> float:
+    """Relative error of a weight gradient: two places of tanh and a few roundings, then one rounding of the dtype.
+
+    1 - t^2 loses relative accuracy as |t| nears 1; the samples stay below |w| = 2.5, where 1 - t^2 > 0.026: an absolute
+    error of 2 ulp in t (2^-23) is amplified at most 2 / 0.026 = 77 times, 2^-16.
+    """
+    return {torch.float64: 1e-12, torch.float32: 2.0**-16}.get(dtype, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("bits", [*range(1, 9), 32])
+def test_dorefa_weight(bits: int, dtype: torch.dtype) -> None:
+    for size in (1, 2, 15, 16, 17, 1000, 4097, 40_000):
+        generator = torch.Generator().manual_seed(size)
+        x = torch.randn(size, generator=generator).clamp(-2.5, 2.5).to(dtype)
+        actual, expected = run_both("dorefa_weight", x, bits)
+        if bits in (1, 32):
+            assert_same_bits(actual[0], expected[0])
+            assert_same_bits(actual[1], expected[1])
+            continue
+        # One level apart at most, and only where u * n is next to a tie (within the error of tanh).
+        levels = 2**bits - 1
+        apart = actual[0] != expected[0]
+        assert ((actual[0] - expected[0]).abs() <= 2.0 / levels + torch.finfo(dtype).eps).all()
+        t = torch.tanh(x.double())
+        u = (t / (2 * t.abs().max()) + 0.5) * levels
+        assert ((u[apart] % 1 - 0.5).abs() < 2.0**-20 * levels).all()
+        tolerance = dorefa_tolerance(dtype)
+        torch.testing.assert_close(actual[1], expected[1], rtol=tolerance, atol=tolerance)
+
+
+def test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties() -> None:
+    x = torch.tensor([2.0, -2.0, 2.0, 0.5, -0.25, 0.0])
+    actual, expected = run_both("dorefa_weight", x, 3)
+    assert_same_bits(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], rtol=2.0**-16, atol=0)
+
+
+def test_dorefa_weight_of_zeros() -> None:
+    for bits in (1, 2, 5):
+        actual, expected = run_both("dorefa_weight", torch.zeros(20), bits)
+        assert_same_bits(actual[0], expected[0])
+        assert_same_bits(actual[1], expected[1])
+
+
+def test_dorefa_one_bit_sign_of_zero_is_positive() -> None:
+    y = functional.dorefa_weight(torch.tensor([0.0, -0.0, -3.0, 5.0]), 1)
+    assert y.tolist() == [2.0, 2.0, -2.0, 2.0]
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+def test_dorefa_weight_layouts(layout: cases.Layout) -> None:
+    x = layout.make(torch.float32)
+    if layout.name != "expanded":  # whose few values are finite, and which cannot be written in place
+        x.nan_to_num_(0.1, 2.0, -2.0).clamp_(-2.5, 2.5)
+    if x.numel() == 0:
+        with pytest.raises(RuntimeError, match="expected `weight` to be of at least one element"):
+            functional.dorefa_weight(x, 4)
+        return
+    actual, expected = run_both("dorefa_weight", x, 4)
+    torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=2 / 15 + 1e-6)
+    torch.testing.assert_close(actual[1], expected[1], rtol=2.0**-16, atol=2.0**-16)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("bits", [*range(1, 9), 32])
+def test_dorefa_gradient(bits: int, dtype: torch.dtype) -> None:
+    for shape in ((1,), (5,), (3, 5), (4, 7, 9), (2, 64), (3, 100), (2, 3, 50, 50), (), (0, 3)):
+        states = [torch.tensor([2**40 + 12345, 7]), torch.tensor([2**40 + 12345, 7])]
+        gradients = []
+        incoming = cases.sample(shape, dtype, seed=bits).nan_to_num(0.3, 4.0, -4.0)
+        if incoming.dim() > 1 and len(incoming) > 2:
+            incoming[1] = 0.0
+        for module, state in zip((functional, reference), states, strict=True):
+            x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+            y = module.dorefa_gradient(x, state, bits)
+            assert torch.equal(y, x)
+            y.backward(incoming)
+            assert x.grad is not None
+            gradients.append(x.grad)
+        assert_same_bits(gradients[0], gradients[1])
+        assert states[0].tolist() == states[1].tolist() == [2**40 + 12345, 7 if bits == 32 else 8]
+
+
+def test_dorefa_gradient_noise_follows_the_logical_index() -> None:
+    gradient = torch.randn(2, 5, 6, 7)
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.zeros(2, 5, 6, 7).requires_grad_()
+        functional.dorefa_gradient(x, torch.tensor([1, 2]), 4).backward(gradient.contiguous(memory_format=memory_format))
+        assert x.grad is not None
+        results.append(x.grad)
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_dorefa_gradient_shows_what_is_not_finite(value: float) -> None:
+    x = torch.zeros(3, 8, requires_grad=True)
+    gradient = torch.ones(3, 8)
+    gradient[1, 2] = value
+    functional.dorefa_gradient(x, torch.tensor([1, 2]), 4).backward(gradient)
+    assert x.grad is not None
+    assert not x.grad[1].isfinite().any()
+    assert x.grad[[0, 2]].isfinite().all()
+
+
+def test_dorefa_weight_shows_what_is_not_finite() -> None:
+    for bits in (1, 4):
+        assert functional.dorefa_weight(torch.tensor([1.0, math.nan, -1.0]), bits).isnan().all()
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    x = torch.randn(300_001)
+    w = torch.randn(300_001)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            leaf = x.clone().requires_grad_()
+            outputs = [functional.fake_quantize(leaf, 0.01, 3, 0, 255), *functional.min_max(x)]
+            outputs += [functional.dorefa_weight(leaf, k) for k in (1, 4)] + [functional.dorefa_activation(leaf, 4)]
+            outputs.append(functional.dorefa_gradient(leaf, torch.tensor([1, 2]), 4))
+            sum((o * w).sum() for o in outputs if o.requires_grad).backward()
+            assert leaf.grad is not None
+            results.append([*outputs, leaf.grad])
+        for one, two in zip(*results, strict=True):
+            assert torch.equal(one, two)
+    finally:
+        torch.set_num_threads(threads)
