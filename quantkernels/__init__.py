@@ -1,11 +1,27 @@
 """quantkernels: quantization-aware training on fused kernels.
 
-:mod:`quantkernels.functional` has the operators, :mod:`quantkernels.nn` the modules, and the quantizers below instrument a
-whole model.
+The quantizers instrument a whole model; :mod:`quantkernels.nn` has the modules they insert,
+:mod:`quantkernels.functional` the operators, :mod:`quantkernels.reference` the same in plain PyTorch.
 """
 
-from quantkernels import functional, reference
+from quantkernels import functional, nn, reference
+from quantkernels.quantizers import (
+    DoReFaQuantizer,
+    NaiveQuantizer,
+    QAT_Quantizer,
+    QATQuantizer,
+    Quantizer,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["functional", "reference"]
+__all__ = [
+    "DoReFaQuantizer",
+    "NaiveQuantizer",
+    "QATQuantizer",
+    "QAT_Quantizer",
+    "Quantizer",
+    "functional",
+    "nn",
+    "reference",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,17 +23,17 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_l
 _SMALLEST_LEVEL = -(2**15)
 _LARGEST_LEVEL = 2**16 - 1
 
-_library = torch.library.Library("quantkernels", "DEF")
+_library: Any = torch.library.Library("quantkernels", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _load() -> None:
     try:
-        torch.ops.load_library(str(LIBRARY_PATH))
+        torch.ops.load_library(str(LIBRARY_PATH))  # type: ignore[no-untyped-call]
     except OSError as error:
         cause = str(error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
         raise ImportError(
             f"quantkernels: the compiled library cannot be loaded with torch {torch.__version__}: {cause}. "
-            "Build it with `pip install --no-build-isolation .` (in a checkout: `pip install --no-build-isolation -e .`)."
+            "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
         ) from error
 
 
@@ -138,32 +138,37 @@ def _check_affine(
     return axis
 
 
-def _check_observe(
-    op: str,
-    input: Tensor,
-    range: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    step: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    momentum: float,
-    quant_start_step: int,
-    low: float,
-    high: float,
-) -> None:
-    _check_same_device(op, "range", range, input)
-    _check_same_device(op, "step", step, input)
-    _check_dtype(op, "range", range, torch.float32)
-    _check_dtype(op, "step", step, torch.int64)
-    axis = _check_affine(op, input, scale, zero_point, quant_min, quant_max, axis, low, high)
+class _State(NamedTuple):
+    range: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    step: Tensor
+
+
+class _Options(NamedTuple):
+    quant_min: int
+    quant_max: int
+    axis: int | None
+    momentum: float
+    quant_start_step: int
+    low: float
+    high: float
+
+
+def _check_observe(op: str, input: Tensor, state: _State, options: _Options) -> None:
+    _check_same_device(op, "range", state.range, input)
+    _check_same_device(op, "step", state.step, input)
+    _check_dtype(op, "range", state.range, torch.float32)
+    _check_dtype(op, "step", state.step, torch.int64)
+    quant_min, quant_max, axis, momentum, quant_start_step, low, high = options
+    axis = _check_affine(op, input, state.scale, state.zero_point, quant_min, quant_max, axis, low, high)
     channels = _channels(input, axis)
+    range = state.range
     if range.numel() != 2 * channels or range.dim() == 0 or range.shape[0] != 2:
         fail(op, "range", f"of shape [2, {channels}] or, per tensor, [2]", _shape(range))
-    if step.numel() != 1:
-        fail(op, "step", "of one element", _shape(step))
-    for argument, tensor in (("range", range), ("scale", scale), ("zero_point", zero_point)):
+    if state.step.numel() != 1:
+        fail(op, "step", "of one element", _shape(state.step))
+    for argument, tensor in (("range", range), ("scale", state.scale), ("zero_point", state.zero_point)):
         if not tensor.is_contiguous():
             fail(op, argument, "contiguous", "other strides")
     if not 0.0 < momentum <= 1.0:
@@ -247,9 +252,9 @@ def _(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor]:
-    state = (range, scale, zero_point, step)
-    options = (quant_min, quant_max, axis, momentum, quant_start_step, low, high)
-    _check_observe("observe_fake_quantize", input, *state, *options)
+    state = _State(range, scale, zero_point, step)
+    options = _Options(quant_min, quant_max, axis, momentum, quant_start_step, low, high)
+    _check_observe("observe_fake_quantize", input, state, options)
     return _empty_like(input), _empty_mask(input)
 
 
@@ -271,9 +276,9 @@ def _(
     low: float,
     high: float,
 ) -> Tensor:
-    state = (range, scale, zero_point, step)
-    options = (quant_min, quant_max, axis, momentum, quant_start_step, low, high)
-    _check_observe("observe_fake_quantize_", input, *state, *options)
+    state = _State(range, scale, zero_point, step)
+    options = _Options(quant_min, quant_max, axis, momentum, quant_start_step, low, high)
+    _check_observe("observe_fake_quantize_", input, state, options)
     return _empty_mask(input)
 
 

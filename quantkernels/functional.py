@@ -1,7 +1,7 @@
 """Quantization operators with autograd, on the compiled kernels.
 
-Every function takes CPU or CUDA tensors of float32, float64, float16 or bfloat16 in any layout, keeps contiguous and
-channels_last memory formats, and computes what :mod:`quantkernels.reference` states in plain PyTorch. Bad arguments raise
+Every function takes tensors of float32, float64, float16 or bfloat16 in any layout, keeps contiguous and channels_last
+memory formats, and computes what :mod:`quantkernels.reference` states in plain PyTorch. Bad arguments raise
 ``RuntimeError`` with the text ``op: expected `argument` to be X, but got Y`` before any work.
 
 The straight-through gradient of a quantizer is the incoming gradient where the quantizer did not saturate and zero
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from quantkernels._ops import fail, memory_format_index
 
@@ -34,7 +33,12 @@ Bounds = tuple[float, float]
 _NO_BOUNDS: Bounds = (-math.inf, math.inf)
 _SMALLEST_SCALE = 2.0**-126
 
-_raw = torch.ops.quantkernels
+_raw: Any = torch.ops.quantkernels
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _needs_grad(tensor: Tensor) -> bool:
@@ -98,8 +102,9 @@ def qparams(
 
 def _straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     if _needs_grad(grad_output):
-        return _StraightThrough.apply(grad_output, mask, memory_format)  # type: ignore[no-any-return, no-untyped-call]
-    return _raw.straight_through(grad_output, mask, memory_format)  # type: ignore[no-any-return]
+        return _apply(_StraightThrough, grad_output, mask, memory_format)
+    grad_input: Tensor = _raw.straight_through(grad_output, mask, memory_format)
+    return grad_input
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -109,7 +114,8 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format
-        return _raw.straight_through(grad_output, mask, memory_format)  # type: ignore[no-any-return]
+        grad_input: Tensor = _raw.straight_through(grad_output, mask, memory_format)
+        return grad_input
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
@@ -135,7 +141,7 @@ class _Masked(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: FunctionCtx | Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
         grad_input = _straight_through(grad_outputs[0], mask, ctx.memory_format)
         return grad_input, *(None,) * (len(ctx.needs_input_grad) - 1)
@@ -143,11 +149,12 @@ class _Masked(torch.autograd.Function):
 
 def _masked(name: str, input: Tensor, inplace: bool, *arguments: Any) -> Tensor:
     if _needs_grad(input):
-        return _Masked.apply(input, name, inplace, *arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(_Masked, input, name, inplace, *arguments)
     if inplace:
         getattr(_raw, f"{name}_")(input, *arguments)
         return input
-    return getattr(_raw, name)(input, *arguments)[0]  # type: ignore[no-any-return]
+    output: Tensor = getattr(_raw, name)(input, *arguments)[0]
+    return output
 
 
 def _as_parameter(value: Tensor | float, argument: str, input: Tensor) -> Tensor:
@@ -227,8 +234,8 @@ def observe_fake_quantize(
     """Observes the input's range and fake-quantizes it, in one operator without host synchronisation.
 
     With `observe`, the extrema of the (clamped) input enter the moving average `range`, from which `scale` and
-    `zero_point` follow; an observation that is not finite is ignored. Without it no buffer changes. A channel whose range
-    has not been observed, and every channel while ``step < quant_start_step``, passes unquantized (but clamped).
+    `zero_point` follow; an observation that is not finite is ignored. Without it no buffer changes. A channel whose
+    range has not been observed, and every channel while ``step < quant_start_step``, passes unquantized (but clamped).
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16.
@@ -280,12 +287,13 @@ class _DoReFaWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
+        output: Tensor
         output, statistic = _raw.dorefa_weight(weight, bits)
         ctx.save_for_backward(weight, statistic)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         weight, statistic = ctx.saved_tensors
         return _raw.dorefa_weight_backward(grad_outputs[0], weight, statistic), None
@@ -296,7 +304,8 @@ class _DoReFaSign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return _raw.dorefa_weight(weight, 1)[0]  # type: ignore[no-any-return]
+        output: Tensor = _raw.dorefa_weight(weight, 1)[0]
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
@@ -306,8 +315,8 @@ class _DoReFaSign(torch.autograd.Function):
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     """DoReFa weight quantization to `bits` bits in [-1, 1] (one bit: plus or minus the mean magnitude).
 
-    For 2 bits and more ``2 * rint(n * (tanh(w) / (2 max|tanh w|) + 1/2)) / n - 1`` with ``n = 2^bits - 1``; the gradient
-    is the exact derivative with rint as identity, through tanh, the normalisation and the maximum. For one bit
+    For 2 bits and more ``2 * rint(n * (tanh(w) / (2 max|tanh w|) + 1/2)) / n - 1`` with ``n = 2^bits - 1``; the
+    gradient is the exact derivative with rint as identity, through tanh, the normalisation and the maximum. For one bit
     ``sign(w) * mean|w|`` (sign(0) = 1), and the gradient passes unchanged. 32 bits leave the weight as it is.
 
     Args:
@@ -325,10 +334,11 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     if bits == 32:
         return weight
     if not _needs_grad(weight):
-        return _raw.dorefa_weight(weight, bits)[0]  # type: ignore[no-any-return]
+        output: Tensor = _raw.dorefa_weight(weight, bits)[0]
+        return output
     if bits == 1:
-        return _DoReFaSign.apply(weight)  # type: ignore[no-any-return, no-untyped-call]
-    return _DoReFaWeight.apply(weight, bits)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(_DoReFaSign, weight)
+    return _apply(_DoReFaWeight, weight, bits)
 
 
 def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
@@ -355,18 +365,21 @@ class _DoReFaGradient(torch.autograd.Function):
     """The identity, whose gradient is quantized stochastically."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
         ctx.rng_state = rng_state
         ctx.bits = bits
+        if inplace:
+            ctx.mark_dirty(input)
+            return input
         return input.view_as(input)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return _raw.dorefa_gradient(grad_outputs[0], ctx.rng_state, ctx.bits), None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return _raw.dorefa_gradient(grad_outputs[0], ctx.rng_state, ctx.bits), None, None, None
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
     """Passes the input; quantizes the gradient that flows back to `bits` bits with stochastic rounding.
 
     Each sample (index of the first dimension) is scaled by its own largest magnitude m:
@@ -377,12 +390,15 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int) -> Tensor:
         input: any shape; float32, float64, float16 or bfloat16.
         rng_state: int64 [2], seed and step; the backward pass adds one to the step. Mutated.
         bits: 1 to 16, or 32.
+        inplace: return `input` itself, as after an in-place operator, so that later in-place operators may write to it.
+            Not for a leaf, nor where the operator that made `input` keeps it for its own backward. Otherwise the result
+            is a view, which torch forbids to be written to.
 
     Returns:
-        `input`.
+        `input`, or a view of it. Nothing is copied.
 
     Source: Zhou et al. 2016, arXiv 1606.06160, equation 12.
     """
     if bits == 32 or not _needs_grad(input):
         return input
-    return _DoReFaGradient.apply(input, rng_state, bits)  # type: ignore[no-any-return, no-untyped-call]
+    return _apply(_DoReFaGradient, input, rng_state, bits, inplace)

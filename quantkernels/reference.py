@@ -32,6 +32,11 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return output
+
+
 class _StraightThrough(torch.autograd.Function):
     """Forwards `output`; the gradient with respect to `input` is the incoming one where `passes`, else zero."""
 
@@ -47,7 +52,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _straight_through(input: Tensor, output: Tensor, passes: Tensor, inplace: bool) -> Tensor:
-    result: Tensor = _StraightThrough.apply(input, output.to(input.dtype), passes)  # type: ignore[no-untyped-call]
+    result = _apply(_StraightThrough, input, output.to(input.dtype), passes)
     return input.copy_(result) if inplace else result
 
 
@@ -155,12 +160,11 @@ def observe_fake_quantize(
 def _round_to_levels(r: Tensor, levels: int) -> Tensor:
     """quantize_k of the paper, straight-through."""
     rounded = torch.round(r.detach() * levels) / levels
-    result: Tensor = _StraightThrough.apply(r, rounded, torch.ones_like(r, dtype=torch.bool))  # type: ignore[no-untyped-call]
-    return result
+    return _apply(_StraightThrough, r, rounded, torch.ones_like(r, dtype=torch.bool))
 
 
 class _ExactTanh(torch.autograd.Function):
-    """tanh in float64, rounded to the input's dtype; the derivative from the rounded value, as the kernel computes it."""
+    """tanh in float64, rounded to the input's dtype; its derivative is taken at the rounded value."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -171,7 +175,8 @@ class _ExactTanh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return grad_outputs[0] * (1 - y * y)
+        gradient: Tensor = grad_outputs[0] * (1 - y * y)
+        return gradient
 
 
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
@@ -182,9 +187,8 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     if bits == 1:
         magnitude = w.detach().abs().double().mean().to(w.dtype)
         sign = torch.where(w.detach() < 0, -magnitude, magnitude)
-        result: Tensor = _StraightThrough.apply(weight, sign.to(weight.dtype), torch.ones_like(w, dtype=torch.bool))  # type: ignore[no-untyped-call]
-        return result
-    t: Tensor = _ExactTanh.apply(w)  # type: ignore[no-untyped-call]
+        return _apply(_StraightThrough, weight, sign.to(weight.dtype), torch.ones_like(w, dtype=torch.bool))
+    t = _apply(_ExactTanh, w)
     largest = t.abs().amax()
     normalised = t / torch.where(largest == 0, 1.0, 2 * largest) + 0.5
     normalised = torch.where(largest == 0, normalised.detach(), normalised)
@@ -269,9 +273,8 @@ class _QuantizeGradient(torch.autograd.Function):
         return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int) -> Tensor:
-    """See :func:`quantkernels.functional.dorefa_gradient`."""
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+    """See :func:`quantkernels.functional.dorefa_gradient`; the result is a view with `inplace` too."""
     if bits == 32:
         return input
-    result: Tensor = _QuantizeGradient.apply(input, rng_state, bits)  # type: ignore[no-untyped-call]
-    return result
+    return _apply(_QuantizeGradient, input, rng_state, bits)

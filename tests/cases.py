@@ -82,7 +82,9 @@ def _misaligned(dtype: torch.dtype) -> Tensor:
 
 LAYOUTS = (
     Layout("contiguous", lambda d: sample((3, 5, 7, 9), d), torch.contiguous_format),
-    Layout("channels_last", lambda d: sample((3, 5, 7, 9), d).to(memory_format=torch.channels_last), torch.channels_last),
+    Layout(
+        "channels_last", lambda d: sample((3, 5, 7, 9), d).to(memory_format=torch.channels_last), torch.channels_last
+    ),
     Layout(
         "channels_last_wide",
         lambda d: sample((2, 37, 6, 5), d).to(memory_format=torch.channels_last),

@@ -91,7 +91,9 @@ def test_fake_quantize_random_scales_next_to_ties() -> None:
         scale = float(torch.exp(torch.randn((), generator=generator) * 20).clamp(1e-37, 1e35))
         rounded = float(torch.tensor(scale, dtype=torch.float32))
         zero_point = int(torch.randint(-128, 128, (), generator=generator))
-        assert_matches_reference("fake_quantize", cases.near_ties(rounded, range(-300, 300)), scale, zero_point, -128, 127)
+        assert_matches_reference(
+            "fake_quantize", cases.near_ties(rounded, range(-300, 300)), scale, zero_point, -128, 127
+        )
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
@@ -109,7 +111,8 @@ def test_in_place(layout: cases.Layout, name: str) -> None:
     assert result is intermediate
     assert_same_bits(result.detach(), expected.detach())
     result.backward(gradient)
-    assert leaf.grad is not None and other.grad is not None
+    assert leaf.grad is not None
+    assert other.grad is not None
     assert_same_bits(other.grad, leaf.grad)
     without_grad = x.clone(memory_format=torch.preserve_format)
     pointer = without_grad.data_ptr()
@@ -135,7 +138,8 @@ def test_gradient_in_another_layout_than_the_input(memory_format: torch.memory_f
     functional.fake_quantize(x, 0.1, 20, 0, 63).backward(gradient)
     leaf = x.detach().clone().requires_grad_()
     reference.fake_quantize(leaf, 0.1, 20, 0, 63).backward(gradient)
-    assert x.grad is not None and leaf.grad is not None
+    assert x.grad is not None
+    assert leaf.grad is not None
     assert_same_bits(x.grad, leaf.grad)
     assert_same_bits(gradient, before)
     expanded = torch.tensor(2.0).expand(3, 5, 7, 9)
@@ -148,7 +152,9 @@ def test_gradient_in_another_layout_than_the_input(memory_format: torch.memory_f
 def test_saves_one_bit_per_element() -> None:
     saved: list[int] = []
     x = torch.randn(1000, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.untyped_storage().nbytes()), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (saved.append(t.untyped_storage().nbytes()), t)[1], lambda t: t
+    ):
         functional.fake_quantize(x, 0.1, 0, -128, 127)
         functional.dorefa_activation(x, 4)
     assert saved == [125, 125]
@@ -160,7 +166,9 @@ def test_double_backward_is_the_mask_again() -> None:
     y = (functional.fake_quantize(x, 0.1, 0, -8, 7) * w).sum()
     (grad_x,) = torch.autograd.grad(y, x, create_graph=True)
     (grad_w,) = torch.autograd.grad(grad_x.sum(), w)
-    mask = (torch.round(x.detach() / torch.tensor(0.1).double()).clamp(-8, 7) * torch.tensor(0.1).double() - x.detach()).abs() <= 0.0501
+    mask = (
+        torch.round(x.detach() / torch.tensor(0.1).double()).clamp(-8, 7) * torch.tensor(0.1).double() - x.detach()
+    ).abs() <= 0.0501
     assert_same_bits(grad_w, mask.double())
 
 
@@ -211,7 +219,10 @@ def test_observe_sequences(dtype: torch.dtype, symmetric: bool, bounds: Any) -> 
 @pytest.mark.parametrize(("shape", "axis"), cases.CHANNEL_SHAPES, ids=str)
 def test_observe_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     for memory_format in cases.channels_last_variants(shape):
-        steps = [cases.sample(shape, dtype, seed=s).nan_to_num(0.5, 2.0, -2.0).contiguous(memory_format=memory_format) for s in range(3)]
+        steps = [
+            cases.sample(shape, dtype, seed=s).nan_to_num(0.5, 2.0, -2.0).contiguous(memory_format=memory_format)
+            for s in range(3)
+        ]
         steps[0].select(axis, 0).fill_(math.nan)  # a channel whose range stays unknown for a step
         observe_twins(steps, shape[axis], axis=axis, momentum=0.1)
         observe_twins(steps, shape[axis], axis=axis, momentum=1.0, quant_start_step=1, symmetric=True)
@@ -236,7 +247,9 @@ def test_unobserved_evaluation_passes_the_input() -> None:
 def test_min_max_layouts(layout: cases.Layout, dtype: torch.dtype) -> None:
     x = layout.make(dtype)
     if x.numel() == 0:
-        with pytest.raises(RuntimeError, match=r"min_max: expected `input` to be of at least one element, but got \[4, 0, 3\]"):
+        with pytest.raises(
+            RuntimeError, match=r"min_max: expected `input` to be of at least one element, but got \[4, 0, 3\]"
+        ):
             functional.min_max(x)
         return
     for values in (x, x.nan_to_num(0.1, 5.0, -5.0)):
@@ -245,7 +258,9 @@ def test_min_max_layouts(layout: cases.Layout, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), (*cases.CHANNEL_SHAPES, ((100, 3, 50, 50), 1), ((5000, 3), 1), ((3, 100_000), 0)), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [*cases.CHANNEL_SHAPES, ((100, 3, 50, 50), 1), ((5000, 3), 1), ((3, 100_000), 0)], ids=str
+)
 def test_min_max_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     for memory_format in cases.channels_last_variants(shape):
         x = cases.sample(shape, dtype).contiguous(memory_format=memory_format)
@@ -362,10 +377,22 @@ def test_dorefa_gradient_noise_follows_the_logical_index() -> None:
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.zeros(2, 5, 6, 7).requires_grad_()
-        functional.dorefa_gradient(x, torch.tensor([1, 2]), 4).backward(gradient.contiguous(memory_format=memory_format))
+        functional.dorefa_gradient(x, torch.tensor([1, 2]), 4).backward(
+            gradient.contiguous(memory_format=memory_format)
+        )
         assert x.grad is not None
         results.append(x.grad)
     assert torch.equal(results[0], results[1])
+
+
+def test_dorefa_gradient_in_place_may_be_followed_by_in_place_operators() -> None:
+    weight = torch.randn(6, 6, requires_grad=True)
+    gradients = []
+    for inplace in (False, True):
+        y = functional.dorefa_gradient(torch.ones(3, 6) @ weight, torch.tensor([1, 2]), 4, inplace=inplace)
+        y = torch.relu_(y) if inplace else torch.relu(y)
+        gradients += torch.autograd.grad(y.square().sum(), weight)
+    assert torch.equal(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
