@@ -1,4 +1,4 @@
-"""The raw operators as torch sees them: opcheck, fakes that agree with kernels, errors with the same text, compilation."""
+"""The raw operators as torch sees them: opcheck, fakes that agree with kernels, equal error texts, compilation."""
 
 from __future__ import annotations
 
@@ -91,54 +91,56 @@ def misuse(sample: str, position: int, value: Callable[[], Any]) -> Callable[[],
     return arguments
 
 
-ERRORS = [
-    ("fake_quantize", 0, lambda: torch.ones(3, dtype=torch.int32), "expected `input` to be float32, float64, float16 or bfloat16, but got int32"),
-    ("fake_quantize", 1, lambda: torch.ones(1).double(), "expected `scale` to be float32, but got float64"),
-    ("fake_quantize", 1, lambda: torch.ones(2), "expected `scale` to be of shape [1], but got [2]"),
-    ("fake_quantize", 2, lambda: torch.ones(1), "expected `zero_point` to be int32, but got float32"),
-    ("fake_quantize", 2, lambda: torch.zeros(1, 1, dtype=torch.int32), "expected `zero_point` to be of shape [1], but got [1, 1]"),
-    ("fake_quantize", 3, lambda: 1, "expected `quant_min` to be from -32768 to 0, but got 1"),
-    ("fake_quantize", 3, lambda: -32769, "expected `quant_min` to be from -32768 to 0, but got -32769"),
-    ("fake_quantize", 4, lambda: -8, "expected `quant_max` to be from quant_min + 1 to 65535, but got -8"),
-    ("fake_quantize", 4, lambda: 65536, "expected `quant_max` to be from quant_min + 1 to 65535, but got 65536"),
-    ("fake_quantize", 5, lambda: 2, "expected `axis` to be an axis of `input` with 2 dimensions, but got 2"),
-    ("fake_quantize", 5, lambda: -3, "expected `axis` to be an axis of `input` with 2 dimensions, but got -3"),
-    ("fake_quantize", 5, lambda: 0, "expected `scale` to be of shape [5], but got [1]"),
-    ("fake_quantize", 6, lambda: INF, "expected `low` to be less than high = inf, but got inf"),
-    ("fake_quantize", 7, lambda: math.nan, "expected `low` to be less than high = nan, but got -inf"),
-    ("fake_quantize_", 0, lambda: torch.ones(3, dtype=torch.bool), "expected `input` to be float32, float64, float16 or bfloat16, but got bool"),
-    ("observe_fake_quantize", 1, lambda: torch.zeros(3), "expected `range` to be of shape [2, 1] or, per tensor, [2], but got [3]"),
-    ("observe_fake_quantize", 1, lambda: torch.zeros(2).half(), "expected `range` to be float32, but got float16"),
-    ("observe_fake_quantize", 1, lambda: torch.zeros(4)[::2], "expected `range` to be contiguous, but got other strides"),
-    ("observe_fake_quantize", 4, lambda: torch.zeros((), dtype=torch.int32), "expected `step` to be int64, but got int32"),
-    ("observe_fake_quantize", 4, lambda: torch.zeros(2, dtype=torch.int64), "expected `step` to be of one element, but got [2]"),
-    ("observe_fake_quantize", 9, lambda: 0.0, "expected `momentum` to be greater than 0 and at most 1, but got 0"),
-    ("observe_fake_quantize", 9, lambda: 1.5, "expected `momentum` to be greater than 0 and at most 1, but got 1.5"),
-    ("observe_fake_quantize", 10, lambda: -1, "expected `quant_start_step` to be 0 or more, but got -1"),
-    ("straight_through", 1, lambda: torch.zeros(4, dtype=torch.uint8), "expected `mask` to be of shape [5], but got [4]"),
-    ("straight_through", 1, lambda: torch.zeros(5), "expected `mask` to be uint8, but got float32"),
-    ("straight_through", 2, lambda: 1, "expected `memory_format` to be 0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions), but got 1 with 2 dimensions"),
-    ("min_max", 0, lambda: torch.empty(0), "expected `input` to be of at least one element, but got [0]"),
-    ("min_max", 1, lambda: 7, "expected `axis` to be an axis of `input` with 2 dimensions, but got 7"),
-    ("dorefa_weight", 0, lambda: torch.empty(0, 3), "expected `weight` to be of at least one element, but got [0, 3]"),
-    ("dorefa_weight", 1, lambda: 0, "expected `bits` to be from 1 to 16, but got 0"),
-    ("dorefa_weight_backward", 0, lambda: torch.ones(5, 6), "expected `grad_output` to be of shape [5, 7], but got [5, 6]"),
-    ("dorefa_weight_backward", 2, lambda: torch.ones(1).double(), "expected `statistic` to be float32, but got float64"),
-    ("dorefa_activation", 1, lambda: 17, "expected `bits` to be from 1 to 16, but got 17"),
-    ("dorefa_activation_", 0, lambda: torch.ones(2, dtype=torch.int64), "expected `input` to be float32, float64, float16 or bfloat16, but got int64"),
-    ("dorefa_gradient", 1, lambda: torch.zeros(3, dtype=torch.int64), "expected `rng_state` to be of shape [2], but got [3]"),
-    ("dorefa_gradient", 2, lambda: 33, "expected `bits` to be from 1 to 16, but got 33"),
-]  # fmt: skip
+FLOATING = "float32, float64, float16 or bfloat16"
+FORMATS = "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)"
+ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
+    ("fake_quantize", 0, lambda: torch.ones(3, dtype=torch.int32), f"`input` to be {FLOATING}", "int32"),
+    ("fake_quantize", 1, lambda: torch.ones(1).double(), "`scale` to be float32", "float64"),
+    ("fake_quantize", 1, lambda: torch.ones(2), "`scale` to be of shape [1]", "[2]"),
+    ("fake_quantize", 2, lambda: torch.ones(1), "`zero_point` to be int32", "float32"),
+    ("fake_quantize", 2, lambda: torch.zeros(1, 1, dtype=torch.int32), "`zero_point` to be of shape [1]", "[1, 1]"),
+    ("fake_quantize", 3, lambda: 1, "`quant_min` to be from -32768 to 0", "1"),
+    ("fake_quantize", 3, lambda: -32769, "`quant_min` to be from -32768 to 0", "-32769"),
+    ("fake_quantize", 4, lambda: -8, "`quant_max` to be from quant_min + 1 to 65535", "-8"),
+    ("fake_quantize", 4, lambda: 65536, "`quant_max` to be from quant_min + 1 to 65535", "65536"),
+    ("fake_quantize", 5, lambda: 2, "`axis` to be an axis of `input` with 2 dimensions", "2"),
+    ("fake_quantize", 5, lambda: -3, "`axis` to be an axis of `input` with 2 dimensions", "-3"),
+    ("fake_quantize", 5, lambda: 0, "`scale` to be of shape [5]", "[1]"),
+    ("fake_quantize", 6, lambda: INF, "`low` to be less than high = inf", "inf"),
+    ("fake_quantize", 7, lambda: math.nan, "`low` to be less than high = nan", "-inf"),
+    ("fake_quantize_", 0, lambda: torch.ones(3, dtype=torch.bool), f"`input` to be {FLOATING}", "bool"),
+    ("observe_fake_quantize", 1, lambda: torch.zeros(3), "`range` to be of shape [2, 1] or, per tensor, [2]", "[3]"),
+    ("observe_fake_quantize", 1, lambda: torch.zeros(2).half(), "`range` to be float32", "float16"),
+    ("observe_fake_quantize", 1, lambda: torch.zeros(4)[::2], "`range` to be contiguous", "other strides"),
+    ("observe_fake_quantize", 4, lambda: torch.zeros((), dtype=torch.int32), "`step` to be int64", "int32"),
+    ("observe_fake_quantize", 4, lambda: torch.zeros(2, dtype=torch.int64), "`step` to be of one element", "[2]"),
+    ("observe_fake_quantize", 9, lambda: 0.0, "`momentum` to be greater than 0 and at most 1", "0"),
+    ("observe_fake_quantize", 9, lambda: 1.5, "`momentum` to be greater than 0 and at most 1", "1.5"),
+    ("observe_fake_quantize", 10, lambda: -1, "`quant_start_step` to be 0 or more", "-1"),
+    ("straight_through", 1, lambda: torch.zeros(4, dtype=torch.uint8), "`mask` to be of shape [5]", "[4]"),
+    ("straight_through", 1, lambda: torch.zeros(5), "`mask` to be uint8", "float32"),
+    ("straight_through", 2, lambda: 1, f"`memory_format` to be {FORMATS}", "1 with 2 dimensions"),
+    ("min_max", 0, lambda: torch.empty(0), "`input` to be of at least one element", "[0]"),
+    ("min_max", 1, lambda: 7, "`axis` to be an axis of `input` with 2 dimensions", "7"),
+    ("dorefa_weight", 0, lambda: torch.empty(0, 3), "`weight` to be of at least one element", "[0, 3]"),
+    ("dorefa_weight", 1, lambda: 0, "`bits` to be from 1 to 16", "0"),
+    ("dorefa_weight_backward", 0, lambda: torch.ones(5, 6), "`grad_output` to be of shape [5, 7]", "[5, 6]"),
+    ("dorefa_weight_backward", 2, lambda: torch.ones(1).double(), "`statistic` to be float32", "float64"),
+    ("dorefa_activation", 1, lambda: 17, "`bits` to be from 1 to 16", "17"),
+    ("dorefa_activation_", 0, lambda: torch.ones(2, dtype=torch.int64), f"`input` to be {FLOATING}", "int64"),
+    ("dorefa_gradient", 1, lambda: torch.zeros(3, dtype=torch.int64), "`rng_state` to be of shape [2]", "[3]"),
+    ("dorefa_gradient", 2, lambda: 33, "`bits` to be from 1 to 16", "33"),
+]
 
 
-@pytest.mark.parametrize(("sample", "position", "value", "message"), ERRORS)
+@pytest.mark.parametrize(("sample", "position", "value", "expected", "actual"), ERRORS)
 def test_misuse_has_the_same_message_from_kernel_and_fake(
-    sample: str, position: int, value: Callable[[], Any], message: str
+    sample: str, position: int, value: Callable[[], Any], expected: str, actual: str
 ) -> None:
     arguments = misuse(sample, position, value)()
     with pytest.raises(RuntimeError) as kernel:
         overload(sample)(*arguments)
-    assert str(kernel.value) == f"{sample}: {message}"
+    assert str(kernel.value) == f"{sample}: expected {expected}, but got {actual}"
     mode = FakeTensorMode()
     fake_arguments = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
     with mode, pytest.raises(RuntimeError) as fake:
@@ -164,35 +166,35 @@ def test_devices_must_agree(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "expected", "actual"),
     [
-        ({"scale": 0.0}, "expected `scale` to be a positive finite number or a tensor, but got 0.0"),
-        ({"scale": math.nan}, "expected `scale` to be a positive finite number or a tensor, but got nan"),
-        ({"scale": "1"}, "expected `scale` to be a positive finite number or a tensor, but got '1'"),
-        ({"zero_point": 0.5}, "expected `zero_point` to be an int or a tensor, but got 0.5"),
-        ({"zero_point": 300}, "expected `zero_point` to be from quant_min = 0 to quant_max = 255, but got 300"),
+        ({"scale": 0.0}, "`scale` to be a positive finite number or a tensor", "0.0"),
+        ({"scale": math.nan}, "`scale` to be a positive finite number or a tensor", "nan"),
+        ({"scale": "1"}, "`scale` to be a positive finite number or a tensor", "'1'"),
+        ({"zero_point": 0.5}, "`zero_point` to be an int or a tensor", "0.5"),
+        ({"zero_point": 300}, "`zero_point` to be from quant_min = 0 to quant_max = 255", "300"),
     ],
 )
-def test_numbers_are_checked(kwargs: dict[str, Any], message: str) -> None:
+def test_numbers_are_checked(kwargs: dict[str, Any], expected: str, actual: str) -> None:
     arguments = {"scale": 0.1, "zero_point": 0, "quant_min": 0, "quant_max": 255, **kwargs}
     with pytest.raises(RuntimeError) as error:
         functional.fake_quantize(torch.ones(3), **arguments)
-    assert str(error.value) == f"fake_quantize: {message}"
+    assert str(error.value) == f"fake_quantize: expected {expected}, but got {actual}"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "expected", "actual"),
     [
-        ((0,), "expected `bits` to be an int from 1 to 16, but got 0"),
-        ((1, "int", True), "expected `bits` to be an int from 2 to 16, but got 1"),
-        ((8.0,), "expected `bits` to be an int from 1 to 16, but got 8.0"),
-        ((8, "float"), "expected `dtype` to be 'uint' or 'int', but got 'float'"),
+        ((0,), "`bits` to be an int from 1 to 16", "0"),
+        ((1, "int", True), "`bits` to be an int from 2 to 16", "1"),
+        ((8.0,), "`bits` to be an int from 1 to 16", "8.0"),
+        ((8, "float"), "`dtype` to be 'uint' or 'int'", "'float'"),
     ],
 )
-def test_quant_range_errors(arguments: tuple[Any, ...], message: str) -> None:
+def test_quant_range_errors(arguments: tuple[Any, ...], expected: str, actual: str) -> None:
     with pytest.raises(RuntimeError) as error:
         functional.quant_range(*arguments)
-    assert str(error.value) == f"quant_range: {message}"
+    assert str(error.value) == f"quant_range: expected {expected}, but got {actual}"
 
 
 def test_quant_range_table() -> None:
