@@ -78,7 +78,9 @@ class FakeQuantize(nn.Module):
         _check_grid(bits, dtype, scheme)
         _check_integer("axis", axis)
         _check_integer("quant_start_step", quant_start_step, minimum=0)
-        if not isinstance(momentum, int | float) or not 0 < momentum <= 1:
+        if not isinstance(momentum, int | float):
+            raise TypeError(f"FakeQuantize: expected `momentum` to be a number, but got {momentum!r}")
+        if not 0 < momentum <= 1:
             raise ValueError(f"FakeQuantize: expected `momentum` to be in (0, 1], but got {momentum!r}")
         per_channel = scheme.startswith("per_channel")
         if per_channel:
