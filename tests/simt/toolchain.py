@@ -1,0 +1,168 @@
+"""Builds CUDA sources with g++ against the SIMT emulator: programs and Python modules, with or without a sanitizer."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+SIMT = Path(__file__).resolve().parent
+REPOSITORY = SIMT.parents[1]
+BUILD = REPOSITORY / "build" / "simt"
+
+_COMPILER = os.environ.get("CXX", "g++")
+_COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-g",
+    f"-I{SIMT}",
+    f"-I{REPOSITORY / 'csrc'}",
+)
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
+_EMULATOR = ("simt.cpp", "fiber.cpp", "shared_arena.cpp", "runtime_api.cpp")
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """How kernels are instrumented. The emulator itself never is; it is told by a macro what to announce."""
+
+    name: str
+    kernel_flags: tuple[str, ...] = ()
+    emulator_flags: tuple[str, ...] = ()
+    link_flags: tuple[str, ...] = ()
+    emulator_sources: tuple[str, ...] = _EMULATOR
+
+
+PLAIN = Flavour("plain", kernel_flags=("-O2",))
+# The fallback for processors other than x86-64.
+UCONTEXT = Flavour("ucontext", kernel_flags=("-O2",), emulator_flags=("-DQK_SIMT_UCONTEXT",))
+_ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+ADDRESS = Flavour("address", kernel_flags=("-O1", *_ADDRESS), emulator_flags=("-DQK_SIMT_ASAN",), link_flags=_ADDRESS)
+THREAD = Flavour(
+    "thread",
+    kernel_flags=("-O1", "-fsanitize=thread"),
+    emulator_flags=("-DQK_SIMT_TSAN",),
+    link_flags=("-fsanitize=thread",),
+)
+# ThreadSanitizer's instrumentation without its runtime: initcheck.cpp takes the calls.
+INITCHECK = Flavour(
+    "initcheck",
+    kernel_flags=("-O1", "-fsanitize=thread"),
+    emulator_flags=("-DQK_SIMT_INITCHECK",),
+    emulator_sources=(*_EMULATOR, "initcheck.cpp"),
+)
+
+
+def build_executable(source: Path, flavour: Flavour = PLAIN) -> Path:
+    """Compiles one source file and the emulator to a program; returns its path."""
+    objects = [_compile(source, (*flavour.kernel_flags, *_WARNINGS)), *_emulator_objects(flavour)]
+    return _link(objects, flavour.link_flags, source.stem)
+
+
+def build_module(source: Path, flavour: Flavour = PLAIN) -> ModuleType:
+    """Compiles `PYBIND11_MODULE(stem, m)` in stem.cpp and the emulator to a module; returns it imported."""
+    import pybind11
+
+    includes = (f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}")
+    objects = [_compile(source, (*flavour.kernel_flags, *_WARNINGS, *includes)), *_emulator_objects(flavour)]
+    library = _link(objects, (*flavour.link_flags, "-shared"), f"{source.stem}.so")
+    spec = importlib.util.spec_from_file_location(source.stem, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(program: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs a program that may be instrumented; its output is text, its exit status is the caller's to judge."""
+    environment = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+    }
+    command = [*_launcher(), str(program), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@functools.cache
+def missing_runtime(flavour: Flavour) -> str | None:
+    """Why programs of this flavour cannot be built and run on this machine; None if they can."""
+    if shutil.which(_COMPILER) is None:
+        return f"no {_COMPILER}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    source = BUILD / "probe.cpp"
+    if not source.exists():
+        source.write_text("int main() { return 0; }\n")
+    program = BUILD / f"probe-{flavour.name}-{os.getpid()}"
+    built = subprocess.run(
+        [_COMPILER, *flavour.link_flags, str(source), "-o", str(program)], capture_output=True, text=True, check=False
+    )
+    if built.returncode != 0:
+        return f"{_COMPILER} does not link {flavour.link_flags}"
+    status = run(program).returncode
+    program.unlink()
+    return None if status == 0 else f"a program linked with {flavour.link_flags} does not start"
+
+
+@functools.cache
+def _launcher() -> tuple[str, ...]:
+    # ThreadSanitizer of g++ 12 does not start where the kernel randomises more than 28 bits of addresses.
+    command = ("setarch", "-R")
+    if shutil.which("setarch") is None:
+        return ()
+    return command if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0 else ()
+
+
+def _emulator_objects(flavour: Flavour) -> list[Path]:
+    return [_compile(SIMT / name, ("-O2", *_WARNINGS, *flavour.emulator_flags)) for name in flavour.emulator_sources]
+
+
+def _compile(source: Path, flags: tuple[str, ...]) -> Path:
+    command = [_COMPILER, *_COMMON, *flags, "-c", str(source)]
+    return _cached(command, _dependencies(command), f"{source.stem}.o")
+
+
+def _link(objects: list[Path], flags: tuple[str, ...], name: str) -> Path:
+    return _cached([_COMPILER, *map(str, objects), *flags], objects, name)
+
+
+def _dependencies(command: list[str]) -> list[Path]:
+    listing = subprocess.run([*command, "-MM"], capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{listing.stderr}")
+    words = listing.stdout.replace("\\\n", " ").split()
+    return [Path(word) for word in words[1:]]
+
+
+def _cached(command: list[str], inputs: list[Path], name: str) -> Path:
+    """Runs the command for its output file, unless it has run before with the same inputs."""
+    digest = hashlib.sha256("\0".join([_compiler_version(), *command]).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    output = BUILD / digest.hexdigest()[:16] / name
+    if output.exists():
+        return output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f"{name}.{os.getpid()}")
+    built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{built.stderr}")
+    sys.stderr.write(built.stderr)
+    unfinished.rename(output)
+    return output
+
+
+@functools.cache
+def _compiler_version() -> str:
+    return subprocess.run([_COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
