@@ -1,0 +1,227 @@
+"""``python -m quantkernels.demo``: trains one small network in float and with each quantizer, and compares them.
+
+The data are scikit-learn's handwritten digits: 1797 real 8x8 images, shipped with the package. The configurations take
+turns epoch by epoch, so that whatever else the machine does slows all of them alike.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer
+
+TEST_IMAGES = 597
+BATCH_SIZE = 64
+LEARNING_RATE = 4e-3
+LAYERS = ["Conv2d", "Linear"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A row of the table: its name, and the quantizer of a model (None: float)."""
+
+    name: str
+    quantizer: Callable[[nn.Module], Quantizer] | None
+
+
+def qat(weight_bits: int) -> Callable[[nn.Module], Quantizer]:
+    """QAT with `weight_bits` bits for the weights and 8 for the outputs of the activations."""
+    config_list = [
+        {"quant_types": ["weight"], "quant_bits": {"weight": weight_bits}, "op_types": LAYERS},
+        {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU6"]},
+    ]
+    return lambda model: QAT_Quantizer(model, config_list)
+
+
+def dorefa(weight_bits: int, activation_bits: int, exclude: Sequence[str] = ()) -> Callable[[nn.Module], Quantizer]:
+    """DoReFa for weights and activations; the layers named by `exclude` stay float."""
+    config_list: list[dict[str, Any]] = [
+        {"q_bits": {"weight": weight_bits}, "op_types": LAYERS},
+        {"q_bits": {"output": activation_bits}, "op_types": ["ReLU6"]},
+    ]
+    if exclude:
+        config_list.append({"op_names": list(exclude), "exclude": True})
+    return lambda model: DoReFaQuantizer(model, config_list)
+
+
+CONFIGURATIONS = (
+    Configuration("float", None),
+    Configuration("Naive, 8-bit weights", NaiveQuantizer),
+    Configuration("QAT, 8-bit weights and outputs", qat(8)),
+    Configuration("QAT, 4-bit weights, 8-bit outputs", qat(4)),
+    # As in the paper, the first and the last layer stay float at so few bits.
+    Configuration("DoReFa W1A2", dorefa(1, 2, exclude=["conv1", "linear"])),
+    Configuration("DoReFa W8A8", dorefa(8, 8)),
+)
+
+
+@dataclass
+class Result:
+    """What was measured of one configuration: a test accuracy per seed, the seconds of each epoch."""
+
+    name: str
+    bits_per_weight: float = 0.0
+    accuracy: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images, float32 [N, 1, 8, 8] in [0, 1], and labels, int64 [N], to train on and to test on."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load_digits() -> Digits:
+    """Returns scikit-learn's digits, split at random but always alike.
+
+    Raises:
+        SystemExit: scikit-learn is not installed.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise SystemExit("The demo needs scikit-learn for its data; run: pip install scikit-learn tqdm") from error
+    digits = datasets.load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(digits.images).float()[order, None] / 16
+    labels = torch.from_numpy(digits.target)[order]
+    return Digits(images[TEST_IMAGES:], labels[TEST_IMAGES:], images[:TEST_IMAGES], labels[:TEST_IMAGES])
+
+
+def build_network() -> nn.Sequential:
+    """Returns the float network: three convolutions with batch norm and ReLU6, and a linear layer."""
+    network = nn.Sequential()
+    channels = 1
+    for index, width in enumerate((16, 32, 64), start=1):
+        network.add_module(f"conv{index}", nn.Conv2d(channels, width, 3, padding=1, bias=False))
+        network.add_module(f"norm{index}", nn.BatchNorm2d(width))
+        network.add_module(f"relu{index}", nn.ReLU6(inplace=True))
+        if index > 1:
+            network.add_module(f"pool{index}", nn.MaxPool2d(2))
+        channels = width
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("linear", nn.Linear(4 * channels, 10))
+    return network
+
+
+def bits_per_weight(model: nn.Module, quantizer: Quantizer | None) -> float:
+    """The mean width of the weights of the convolutions and linear layers of `model`."""
+    bits_of = {
+        layer.module: layer.entry.bits["weight"]
+        for layer in (quantizer.layers if quantizer else ())
+        if "weight" in layer.quantizers
+    }
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    bits = sum(bits_of.get(layer, 32) * layer.weight.numel() for layer in layers)
+    return bits / sum(layer.weight.numel() for layer in layers)
+
+
+class Training:
+    """One configuration being trained.
+
+    Args:
+        configuration: what to train.
+        digits: the data.
+        seed: of the initial weights and of the order of the images.
+        epochs: how many there will be; the learning rate falls to zero over them.
+    """
+
+    def __init__(self, configuration: Configuration, digits: Digits, seed: int, epochs: int) -> None:
+        torch.manual_seed(seed)
+        self.digits = digits
+        self.model = build_network()
+        quantizer = configuration.quantizer(self.model) if configuration.quantizer else None
+        if quantizer is not None:
+            quantizer.compress()
+        self.bits_per_weight = bits_per_weight(self.model, quantizer)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, epochs)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def train_epoch(self) -> float:
+        """Trains for one epoch and returns the seconds it took."""
+        self.model.train()
+        batches = torch.randperm(len(self.digits.labels), generator=self.generator).split(BATCH_SIZE)  # type: ignore[no-untyped-call]
+        start = time.perf_counter()
+        for batch in batches:
+            loss = nn.functional.cross_entropy(self.model(self.digits.images[batch]), self.digits.labels[batch])
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        self.schedule.step()
+        return time.perf_counter() - start
+
+    def accuracy(self) -> float:
+        """The share of the test images that is recognised."""
+        self.model.eval()
+        with torch.no_grad():
+            predicted = self.model(self.digits.test_images).argmax(1)
+        return float((predicted == self.digits.test_labels).double().mean())
+
+
+def measure(epochs: int, seeds: int, advance: Callable[[], object]) -> list[Result]:
+    """Trains every configuration from `seeds` seeds for `epochs` epochs; calls `advance` after each epoch of each."""
+    digits = load_digits()
+    results = [Result(configuration.name) for configuration in CONFIGURATIONS]
+    for seed in range(seeds):
+        trainings = [Training(configuration, digits, seed, epochs) for configuration in CONFIGURATIONS]
+        for _ in range(epochs):
+            for result, training in zip(results, trainings, strict=True):
+                result.seconds.append(training.train_epoch())
+                advance()
+        for result, training in zip(results, trainings, strict=True):
+            result.accuracy.append(training.accuracy())
+            result.bits_per_weight = training.bits_per_weight
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """Formats `results`; the first is the float network, which the others are compared with."""
+    baseline = results[0]
+    float_accuracy = statistics.fmean(baseline.accuracy)
+    width = max(len(result.name) for result in results)
+    lines = [f"{'':<{width}}  test accuracy  vs float  epoch time  bits per weight"]
+    for result in results:
+        accuracy = statistics.fmean(result.accuracy)
+        slowdown = statistics.median(map(float.__truediv__, result.seconds, baseline.seconds))
+        lines.append(
+            f"{result.name:<{width}}  {accuracy:>13.2%}  {100 * (accuracy - float_accuracy):>+8.2f}"
+            f"  {slowdown:>9.2f}x  {result.bits_per_weight:>15.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains all configurations under a progress bar and prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m quantkernels.demo", description=__doc__)
+    parser.add_argument("--epochs", type=int, default=15, help="epochs per training (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings per configuration (default %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise SystemExit("The demo needs tqdm for its progress bar; run: pip install scikit-learn tqdm") from error
+
+    torch.use_deterministic_algorithms(True)
+    # The network is too small to gain from threads, and sums then do not depend on the number of cores.
+    torch.set_num_threads(1)
+    total = options.seeds * options.epochs * len(CONFIGURATIONS)
+    with tqdm(desc="Training", total=total, unit="epoch", disable=None) as bar:
+        results = measure(options.epochs, options.seeds, bar.update)
+    print(table(results))
+    print(f"\nMean over {options.seeds} seeds, {options.epochs} epochs each, {TEST_IMAGES} test images.")
+    print("vs float: percentage points. epoch time: median ratio to the float epoch of the same round.")
+
+
+if __name__ == "__main__":
+    main()
