@@ -269,10 +269,8 @@ class BuildLibrary(build_ext):
                 raise SystemExit("quantkernels: the build failed; the compiler's messages are above")
             destination = Path(self.get_ext_fullpath(ext.name))
             destination.parent.mkdir(parents=True, exist_ok=True)
-            # Replaced, not overwritten: a running process may have the old library mapped.
-            temporary = destination.with_suffix(".so.new")
-            shutil.copy2(library, temporary)
-            temporary.replace(destination)
+            # Not copy2: a new time makes setuptools copy it on into the source tree, and tells make that it is up to date.
+            shutil.copy(library, destination)
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -1,0 +1,46 @@
+# Every target sets itself up: Python 3.11 or later, a C++ compiler and make are all it takes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
+
+.PHONY: demo test lint format build clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# Trains a small network on real data with every quantizer and prints a table.
+demo: $(VENV)/.installed-demo quantkernels/_C.so
+	$(BIN)/python -m quantkernels.demo
+
+test: $(VENV)/.installed-dev quantkernels/_C.so
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.installed-dev quantkernels/_C.so
+
+clean:
+	rm -rf build dist *.egg-info quantkernels/_C.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# An extra of pyproject.toml and the library. torch and ninja come first: the build needs them, and an isolated build
+# would download a torch of its own.
+$(VENV)/.installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch ninja 'setuptools>=77'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[$*]'
+	touch $@
+
+# The rule runs after an .installed-% rule, which every target that needs the library names first.
+quantkernels/_C.so: $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
