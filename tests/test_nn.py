@@ -296,3 +296,4 @@ def test_dorefa_modules_describe_themselves() -> None:
     assert repr(DoReFaWeight(2)) == "DoReFaWeight(bits=2)"
     assert repr(DoReFaActivation(4, inplace=True)) == "DoReFaActivation(bits=4, inplace=True)"
     assert repr(DoReFaGradient(6, seed=1)) == "DoReFaGradient(bits=6)"
+    assert repr(DoReFaGradient(6, inplace=True)) == "DoReFaGradient(bits=6, inplace=True)"

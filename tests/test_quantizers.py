@@ -64,6 +64,20 @@ QUANTIZERS: list[Callable[[nn.Module], Quantizer]] = [qat, delayed_qat, dorefa, 
 every_quantizer = pytest.mark.parametrize("make", QUANTIZERS, ids=lambda make: make.__name__)
 
 
+def default_layers() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
+    """A layer of most default types, and its arguments."""
+    return [
+        (nn.Linear(2, 3), (torch.randn(2, 4, 2),)),
+        (nn.Conv1d(2, 3, 3), (torch.randn(2, 2, 5),)),
+        (nn.Conv3d(2, 3, 2), (torch.randn(2, 2, 3, 3, 3),)),
+        (nn.ConvTranspose3d(2, 3, 2), (torch.randn(2, 2, 3, 3, 3),)),
+        (nn.Bilinear(2, 3, 4), (torch.randn(5, 2), torch.randn(5, 3))),
+        (nn.PReLU(), (torch.randn(5),)),
+        (nn.Embedding(5, 3), (torch.tensor([0, 4]),)),
+        (nn.EmbeddingBag(5, 3), (torch.tensor([[0, 4]]),)),
+    ]
+
+
 def weight_only(**keys: Any) -> list[dict[str, Any]]:
     return [{"quant_types": ["weight"], "quant_bits": 8, **keys}]
 
@@ -218,6 +232,24 @@ def test_an_activation_with_input_gradient_and_output() -> None:
     assert not vars(relu)["_modules"]
 
 
+@pytest.mark.parametrize("bits", [{}, {"output": 4}], ids=["float activation", "quantized activation"])
+def test_an_activation_in_place_may_follow_a_quantized_gradient(bits: dict[str, int]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    gradient = {"q_bits": {"gradient": 4}, "op_types": ["Linear"]}
+    DoReFaQuantizer(model, [gradient, *([{"q_bits": bits, "op_types": ["ReLU"]}] if bits else [])]).compress()
+    model(torch.randn(3, 4)).sum().backward()
+    assert model[0].gradient_quantizer.rng_state.tolist() == [0, 1]
+
+
+def test_every_default_layer_type_and_an_activation_take_a_quantized_gradient() -> None:
+    for layer, args in default_layers():
+        model = nn.ModuleDict({"layer": layer, "sigmoid": nn.Sigmoid()})
+        DoReFaQuantizer(model, [{"q_bits": {"gradient": 4}, "op_types": ["default", "Sigmoid"]}]).compress()
+        model.sigmoid(torch.relu_(layer(*args))).sum().backward()
+        assert layer.gradient_quantizer.rng_state.tolist() == [0, 1]
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_a_subclass_of_an_activation_is_hooked_rather_than_replaced() -> None:
     class Shifted(nn.ReLU):
         def forward(self, input: Tensor) -> Tensor:
@@ -333,15 +365,7 @@ def test_per_channel_weights_have_one_scale_per_output_channel(layer: nn.Module,
 
 
 def test_every_default_layer_type_trains() -> None:
-    for layer, args in (
-        (nn.Conv1d(2, 3, 3), (torch.randn(2, 2, 5),)),
-        (nn.Conv3d(2, 3, 2), (torch.randn(2, 2, 3, 3, 3),)),
-        (nn.ConvTranspose3d(2, 3, 2), (torch.randn(2, 2, 3, 3, 3),)),
-        (nn.Bilinear(2, 3, 4), (torch.randn(5, 2), torch.randn(5, 3))),
-        (nn.PReLU(), (torch.randn(5),)),
-        (nn.Embedding(5, 3), (torch.tensor([0, 4]),)),
-        (nn.EmbeddingBag(5, 3), (torch.tensor([[0, 4]]),)),
-    ):
+    for layer, args in default_layers():
         entry = {"quant_types": ["weight", "input", "output"], "quant_bits": 4, "op_types": "default"}
         quantizer = QAT_Quantizer(layer, [entry])
         quantizer.compress()

@@ -1,5 +1,7 @@
 """DoReFa-Net's three quantizers as modules: weight, activation and gradient."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +68,8 @@ class DoReFaGradient(nn.Module):
     Args:
         bits: 1 to 16, or 32 for the identity.
         seed: of the noise, 0 to 2**63 - 1; modules of one network need different seeds for independent noise.
+        inplace: return the input itself as after an in-place operator, so that in-place operators may follow. Not where
+            the operator that made the input keeps it for its own backward, as many activation functions do.
 
     Attributes:
         rng_state: int64 buffer [2], the seed and the step; the backward advances the step.
@@ -75,7 +79,7 @@ class DoReFaGradient(nn.Module):
 
     rng_state: Tensor
 
-    def __init__(self, bits: int, seed: int = 0) -> None:
+    def __init__(self, bits: int, seed: int = 0, inplace: bool = False) -> None:
         super().__init__()
         _check_bits("DoReFaGradient", bits)
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -83,17 +87,18 @@ class DoReFaGradient(nn.Module):
         if not 0 <= seed < 2**63:
             raise ValueError(f"DoReFaGradient: expected `seed` to be in 0..2**63-1, but got {seed}")
         self.bits = bits
+        self.inplace = inplace
         self.register_buffer("rng_state", torch.tensor([seed, 0], dtype=torch.int64))
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `input` itself; in training mode its gradient will be quantized."""
         if self.bits == OFF or not self.training:
             return input
-        return functional.dorefa_gradient(input, self.rng_state, self.bits)
+        return functional.dorefa_gradient(input, self.rng_state, self.bits, inplace=self.inplace)
 
     def extra_repr(self) -> str:
-        """The bit width."""
-        return f"bits={self.bits}"
+        """The bit width, and whether the result is the input itself."""
+        return f"bits={self.bits}" + (", inplace=True" if self.inplace else "")
 
 
 def _check_bits(module: str, bits: object) -> None:

@@ -1,5 +1,7 @@
 """Quantizer: instruments a model as its configuration says, and gives the float model back."""
 
+from __future__ import annotations
+
 import abc
 import functools
 import itertools
@@ -57,7 +59,9 @@ class Quantizer(abc.ABC):
     so an optimizer built before goes on working. An input is quantized by a forward pre-hook; an output by a forward
     hook, or by one fused module in the place of a clamp-type activation; a gradient by a forward hook. All state is
     in buffers of the model, hence in its state_dict, and a checkpoint loads strictly into a freshly compressed model.
-    A compressed model can be deep-copied, pickled and compiled.
+    A compressed model can be deep-copied, pickled and compiled. (An optimizer's own state_dict knows parameters by
+    their order, and a compressed model lists a weight after its layer's bias: build the optimizer on the same side of
+    `compress()` in runs that exchange such states.)
 
     'input' is every argument of the layer's forward that has no default and is a floating-point tensor, each with its
     own range (Bilinear has two); indices, as of an Embedding, pass. 'output' and 'gradient' are about the tensor that
@@ -206,7 +210,7 @@ def _check_applicable(layer: QuantizedLayer, quant_type: QuantType) -> None:
             raise ValueError(f"{where} has no parameter 'weight'")
         if weight is not None and is_lazy(weight):
             raise ValueError(f"{where} has a lazy weight; run the model once first")
-        if getattr(module, "sparse", False):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{where} has sparse gradients, which do not pass a quantized weight; use sparse=False")
     elif isinstance(module, _CONTAINERS):
         raise ValueError(f"{where} is a container; name the layers in it")

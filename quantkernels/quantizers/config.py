@@ -4,6 +4,8 @@ A config_list is a list of dicts, as NNI has it. It is parsed into frozen datacl
 reported with the entry and the key, before any module is touched.
 """
 
+from __future__ import annotations
+
 import difflib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -102,7 +104,7 @@ class Entry:
     scheme: Mapping[QuantType, Scheme]
     quant_start_step: int
 
-    def matches(self, module: "NamedModule") -> bool:
+    def matches(self, module: NamedModule) -> bool:
         """Whether the entry is about `module`: of one of its types and under one of its names, where it gives both."""
         return (self.op_types is None or module.op_type in self.op_types) and (
             self.op_names is None or not self.op_names.isdisjoint(module.names)

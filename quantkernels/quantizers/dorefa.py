@@ -1,5 +1,7 @@
 """DoReFaQuantizer: low bit-width weights, activations and gradients (Zhou et al. 2016)."""
 
+from __future__ import annotations
+
 from typing import ClassVar
 
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight
 from quantkernels.nn.dorefa import OFF
 from quantkernels.quantizers.base import QuantizedLayer, Quantizer
-from quantkernels.quantizers.config import Grammar, QuantType
+from quantkernels.quantizers.config import DEFAULT_OP_TYPES, Grammar, QuantType
 
 
 class DoReFaQuantizer(Quantizer):
@@ -58,7 +60,9 @@ class DoReFaQuantizer(Quantizer):
             return DoReFaWeight(bits)
         if quant_type == "gradient":
             # Two layers with one seed would draw the same noise; the layer's number is the low half of its seed.
-            return DoReFaGradient(bits, seed=(self.seed << 32) + self.layers.index(layer))
+            seed = (self.seed << 32) + self.layers.index(layer)
+            # An activation in place may follow these layers; none of them keeps its result for its backward.
+            return DoReFaGradient(bits, seed, inplace=layer.op_type in DEFAULT_OP_TYPES)
         return DoReFaActivation(bits)
 
     def build_activation(self, layer: QuantizedLayer, bounds: tuple[float, float]) -> nn.Module | None:

@@ -4,6 +4,8 @@ Each function changes the model and returns the function that undoes it. Hooks a
 their module by its name among the layer's children, so an instrumented model can be copied, pickled and compiled.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import inspect

@@ -1,5 +1,7 @@
 """NaiveQuantizer: weights on an 8-bit symmetric grid, without configuration."""
 
+from __future__ import annotations
+
 from typing import ClassVar
 
 from torch import nn

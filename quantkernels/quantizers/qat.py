@@ -1,5 +1,7 @@
 """QAT_Quantizer: quantization-aware training with observed ranges (Jacob et al. 2018), on NNI's configuration."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
