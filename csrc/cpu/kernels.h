@@ -40,7 +40,8 @@ struct Kernels {
   double (*magnitude_sum)(const DoReFaWeightJob&, int64_t begin, int64_t end);
   void (*dorefa_weight)(const DoReFaWeightJob&, int64_t begin, int64_t end);
   DoReFaWeightSums (*dorefa_weight_sums)(const DoReFaWeightGradientJob&, int64_t begin, int64_t end);
-  // `through_largest` is what each of the largest elements gets through the maximum, per unit of its sign.
+  // After dorefa_weight_sums of all parts. `through_largest` is what each of the largest elements gets through the
+  // maximum, per unit of its sign.
   void (*dorefa_weight_gradient)(const DoReFaWeightGradientJob&, double through_largest, int64_t begin, int64_t end);
   void (*dorefa_activation)(const DoReFaActivationJob&, int64_t begin, int64_t end);
   // `largest` holds max|g| per sample in the compute type.

@@ -95,28 +95,38 @@ inline void dorefa_weight(const DoReFaWeightJob& job, int64_t begin, int64_t end
   dispatch_storage(job.dtype, [&](auto storage) { dorefa_weight_typed<decltype(storage)>(job, begin, end); });
 }
 
+// tanh w stays in grad_input between the passes where the storage type keeps it exactly.
+template <class S>
+constexpr bool kKeepsTanh = sizeof(S) == sizeof(typename ComputeType<S>::type);
+
 template <class S>
 cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& job, int64_t begin, int64_t end) {
   using T = typename ComputeType<S>::type;
   using V = Vector<T>;
   const S* g = static_cast<const S*>(job.grad_output);
   const S* w = static_cast<const S*>(job.weight);
-  const T largest = *static_cast<const T*>(job.statistic);
-  const V largest_lanes = V::broadcast(largest);
+  S* kept = static_cast<S*>(job.grad_input);
+  const V largest = V::broadcast(*static_cast<const T*>(job.statistic));
   Lanes<double> product = Lanes<double>::broadcast(0);
   int64_t count = 0;
-  const auto add = [&](const S* gradient, const S* weight, int64_t valid) {
-    T t[kLanes], value[kLanes];
-    const V lanes = hyperbolic_tangent(V::load(weight));
-    lanes.store(t);
-    V::load(gradient).store(value);
-    const LaneBits bits = inclusively_between(absolute(lanes), largest_lanes, largest_lanes);
+  const auto add = [&](V gradient, V t, int64_t valid) QK_INLINE_LAMBDA {
+    const LaneBits bits = inclusively_between(absolute(t), largest, largest);
     count += __builtin_popcount(bits & ((1u << valid) - 1));
-    for (int i = 0; i < kLanes; ++i) product.lane[i] += static_cast<double>(value[i]) * static_cast<double>(t[i]);
+    product = add_products(product, gradient, t);
   };
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) add(g + i, w + i, kLanes);
-  if (i < end) add(Padded<S>(g + i, end - i).element, Padded<S>(w + i, end - i).element, end - i);
+  for (; i + kLanes <= end; i += kLanes) {
+    const V t = hyperbolic_tangent(V::load(w + i));
+    if constexpr (kKeepsTanh<S>) t.store(kept + i);
+    add(V::load(g + i), t, kLanes);
+  }
+  if (i < end) {
+    const V t = hyperbolic_tangent(V::load(Padded<S>(w + i, end - i).element));
+    S last[kLanes];
+    t.store(last);
+    if constexpr (kKeepsTanh<S>) std::copy_n(last, end - i, kept + i);
+    add(V::load(Padded<S>(g + i, end - i).element), t, end - i);
+  }
   return {sum_of_lanes(product), static_cast<double>(count)};
 }
 
@@ -142,10 +152,19 @@ void dorefa_weight_gradient_typed(const DoReFaWeightGradientJob& job, double thr
   const V through = V::broadcast(static_cast<T>(through_largest));
   const V one = V::broadcast(1);
   const V zero = V::broadcast(0);
-  map_vectors(
-      begin, end, y,
-      [&](V g, V w) { return dorefa_weight_gradient(g, hyperbolic_tangent(w), largest, through, one, zero); },
-      static_cast<const S*>(job.grad_output), static_cast<const S*>(job.weight));
+  const S* g = static_cast<const S*>(job.grad_output);
+  const S* w = static_cast<const S*>(job.weight);
+  if constexpr (kKeepsTanh<S>) {
+    const auto element = [&](V gradient, V t) {
+      return dorefa_weight_gradient(gradient, t, largest, through, one, zero);
+    };
+    map_vectors(begin, end, y, element, g, static_cast<const S*>(y));
+  } else {
+    const auto element = [&](V gradient, V weight) {
+      return dorefa_weight_gradient(gradient, hyperbolic_tangent(weight), largest, through, one, zero);
+    };
+    map_vectors(begin, end, y, element, g, w);
+  }
 }
 
 inline void dorefa_weight_gradient(const DoReFaWeightGradientJob& job, double through_largest, int64_t begin,
@@ -189,12 +208,16 @@ inline void dorefa_activation(const DoReFaActivationJob& job, int64_t begin, int
 constexpr int64_t kNoiseBlock = 64;
 
 template <class T>
-void fill_noise(int64_t first_element, PhiloxKey key, int64_t step, T* noise) {
-  const int64_t first_block = first_element / 4;
-  PhiloxBlock blocks[kLanes];
-  for (int i = 0; i < kLanes; ++i) blocks[i] = philox4x32(philox_counter(first_block + i, step), key);
-  for (int i = 0; i < kLanes; ++i)
-    for (int lane = 0; lane < 4; ++lane) noise[4 * i + lane] = static_cast<T>(centred_uniform(blocks[i].word[lane]));
+QK_INLINE void fill_noise(int64_t first_element, PhiloxKey key, int64_t step, T* noise) {
+  // The first block is a multiple of 16, so the low words count up without a carry.
+  const PhiloxBlock counter = philox_counter(first_element / 4, step);
+  const PhiloxWords<Words> random =
+      philox4x32(PhiloxWords<Words>{{Words::count_from(counter.word[0]), Words::broadcast(counter.word[1]),
+                                     Words::broadcast(counter.word[2]), Words::broadcast(counter.word[3])}},
+                 key);
+  uint32_t words[kNoiseBlock];
+  store_interleaved(random.word[0], random.word[1], random.word[2], random.word[3], words);
+  for (int64_t i = 0; i < kNoiseBlock; ++i) noise[i] = static_cast<T>(centred_uniform(words[i]));
 }
 
 template <class S>

@@ -102,6 +102,20 @@ QK_INLINE __m256 power_of_two(__m256 n) {
 QK_INLINE F32 power_of_two(F32 n) { return {power_of_two(n.low), power_of_two(n.high)}; }
 QK_INLINE F32 constant_like(F32, float c) { return F32::broadcast(c); }
 
+QK_INLINE void add_products(double* sum, __m256 a, __m256 b) {
+  const __m256d low =
+      _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_castps256_ps128(b)));
+  const __m256d high =
+      _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)), _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
+  _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), low));
+  _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), high));
+}
+QK_INLINE Lanes<double> add_products(Lanes<double> sum, F32 a, F32 b) {
+  add_products(sum.lane, a.low, b.low);
+  add_products(sum.lane + 8, a.high, b.high);
+  return sum;
+}
+
 QK_INLINE LaneBits lane_bits(__m256 low, __m256 high) {
   return static_cast<LaneBits>(_mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8);
 }
@@ -136,6 +150,59 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t
   const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane_bit), lane_bit);
   const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(value, keep));
+}
+
+// Words of 16 Philox blocks side by side.
+struct Words {
+  __m256i low, high;
+
+  static QK_INLINE Words broadcast(uint32_t word) {
+    const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(word));
+    return {all, all};
+  }
+  // first, first + 1, ...
+  static QK_INLINE Words count_from(uint32_t first) {
+    const Words all = broadcast(first);
+    return {_mm256_add_epi32(all.low, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+            _mm256_add_epi32(all.high, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+  }
+};
+// The 32-bit multiplier takes even lanes only; odd ones are shifted there and their products put back.
+struct WideProduct256 {
+  __m256i high, low;
+};
+QK_INLINE WideProduct256 multiply_wide(__m256i constant, __m256i words) {
+  const __m256i even = _mm256_mul_epu32(words, constant);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(words, 32), constant);
+  return {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa),
+          _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+}
+QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, Words words) {
+  const __m256i c = _mm256_set1_epi32(static_cast<int32_t>(constant));
+  const WideProduct256 low = multiply_wide(c, words.low);
+  const WideProduct256 high = multiply_wide(c, words.high);
+  return {{low.high, high.high}, {low.low, high.low}};
+}
+QK_INLINE Words exclusive_or(Words a, Words b, uint32_t key) {
+  const __m256i k = _mm256_set1_epi32(static_cast<int32_t>(key));
+  return {_mm256_xor_si256(_mm256_xor_si256(a.low, b.low), k), _mm256_xor_si256(_mm256_xor_si256(a.high, b.high), k)};
+}
+
+// out[4 i + w] = word w of lane i: a transposition of 4 x 4 words in each 128-bit half, then of the halves.
+QK_INLINE void store_interleaved(__m256i a, __m256i b, __m256i c, __m256i d, uint32_t* out) {
+  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+  const __m256i lane0 = _mm256_unpacklo_epi64(ab_low, cd_low), lane1 = _mm256_unpackhi_epi64(ab_low, cd_low);
+  const __m256i lane2 = _mm256_unpacklo_epi64(ab_high, cd_high), lane3 = _mm256_unpackhi_epi64(ab_high, cd_high);
+  __m256i* q = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(q, _mm256_permute2x128_si256(lane0, lane1, 0x20));
+  _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(lane2, lane3, 0x20));
+  _mm256_storeu_si256(q + 2, _mm256_permute2x128_si256(lane0, lane1, 0x31));
+  _mm256_storeu_si256(q + 3, _mm256_permute2x128_si256(lane2, lane3, 0x31));
+}
+QK_INLINE void store_interleaved(Words a, Words b, Words c, Words d, uint32_t* out) {
+  store_interleaved(a.low, b.low, c.low, d.low, out);
+  store_interleaved(a.high, b.high, c.high, d.high, out + 32);
 }
 
 QK_NAMESPACE_END

@@ -74,6 +74,16 @@ QK_INLINE F32 power_of_two(F32 n) {
 }
 QK_INLINE F32 constant_like(F32, float c) { return F32::broadcast(c); }
 
+QK_INLINE void add_products(double* sum, __m256 a, __m256 b) {
+  const __m512d product = _mm512_mul_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b));
+  _mm512_storeu_pd(sum, _mm512_add_pd(_mm512_loadu_pd(sum), product));
+}
+QK_INLINE Lanes<double> add_products(Lanes<double> sum, F32 a, F32 b) {
+  add_products(sum.lane, _mm512_castps512_ps256(a.value), _mm512_castps512_ps256(b.value));
+  add_products(sum.lane + 8, _mm512_extractf32x8_ps(a.value, 1), _mm512_extractf32x8_ps(b.value, 1));
+  return sum;
+}
+
 QK_INLINE LaneBits strictly_between(F32 x, F32 low, F32 high) {
   const __mmask16 above = _mm512_cmp_ps_mask(x.value, low.value, _CMP_GT_OQ);
   return _mm512_mask_cmp_ps_mask(above, x.value, high.value, _CMP_LT_OQ);
@@ -89,6 +99,44 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint32_t* from, uint32_t
 }
 QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(bits, from));
+}
+
+// Words of 16 Philox blocks side by side.
+struct Words {
+  __m512i value;
+
+  static QK_INLINE Words broadcast(uint32_t word) { return {_mm512_set1_epi32(static_cast<int32_t>(word))}; }
+  // first, first + 1, ...
+  static QK_INLINE Words count_from(uint32_t first) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_add_epi32(broadcast(first).value, lanes)};
+  }
+};
+// The 32-bit multiplier takes even lanes only; odd ones are shifted there and their products put back.
+QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, Words words) {
+  const __m512i c = _mm512_set1_epi32(static_cast<int32_t>(constant));
+  const __m512i even = _mm512_mul_epu32(words.value, c);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(words.value, 32), c);
+  return {{_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)},
+          {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))}};
+}
+QK_INLINE Words exclusive_or(Words a, Words b, uint32_t key) {
+  const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(key));
+  return {_mm512_xor_si512(_mm512_xor_si512(a.value, b.value), k)};
+}
+
+// out[4 i + w] = word w of lane i: a transposition of 4 x 4 words in each 128-bit quarter, then of the quarters.
+QK_INLINE void store_interleaved(Words a, Words b, Words c, Words d, uint32_t* out) {
+  const __m512i ab_low = _mm512_unpacklo_epi32(a.value, b.value), ab_high = _mm512_unpackhi_epi32(a.value, b.value);
+  const __m512i cd_low = _mm512_unpacklo_epi32(c.value, d.value), cd_high = _mm512_unpackhi_epi32(c.value, d.value);
+  const __m512i lane0 = _mm512_unpacklo_epi64(ab_low, cd_low), lane1 = _mm512_unpackhi_epi64(ab_low, cd_low);
+  const __m512i lane2 = _mm512_unpacklo_epi64(ab_high, cd_high), lane3 = _mm512_unpackhi_epi64(ab_high, cd_high);
+  const __m512i even01 = _mm512_shuffle_i32x4(lane0, lane1, 0x88), odd01 = _mm512_shuffle_i32x4(lane0, lane1, 0xdd);
+  const __m512i even23 = _mm512_shuffle_i32x4(lane2, lane3, 0x88), odd23 = _mm512_shuffle_i32x4(lane2, lane3, 0xdd);
+  _mm512_storeu_si512(out, _mm512_shuffle_i32x4(even01, even23, 0x88));
+  _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+  _mm512_storeu_si512(out + 32, _mm512_shuffle_i32x4(even01, even23, 0xdd));
+  _mm512_storeu_si512(out + 48, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
 }
 
 QK_NAMESPACE_END

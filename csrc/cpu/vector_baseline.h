@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../numerics/half.h"
+#include "../numerics/philox.h"
 #include "../numerics/tanh.h"
 
 QK_NAMESPACE_BEGIN
@@ -41,6 +42,45 @@ using Vector = typename VectorOf<T>::type;
 // Whether quotients by the two-multiplication reciprocal pay off: they need the fused multiply-add instruction.
 template <class T>
 constexpr bool kHasFusedMultiplyAdd = false;
+
+// Words of kLanes Philox blocks side by side.
+struct LanesU32 {
+  uint32_t lane[kLanes];
+
+  static QK_INLINE LanesU32 broadcast(uint32_t word) {
+    LanesU32 r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = word;
+    return r;
+  }
+  // first, first + 1, ...
+  static QK_INLINE LanesU32 count_from(uint32_t first) {
+    LanesU32 r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = first + static_cast<uint32_t>(i);
+    return r;
+  }
+};
+QK_INLINE WideProduct<LanesU32> multiply_wide(uint32_t constant, LanesU32 words) {
+  WideProduct<LanesU32> r;
+  for (int i = 0; i < kLanes; ++i) {
+    const WideProduct<uint32_t> product = multiply_wide(constant, words.lane[i]);
+    r.high.lane[i] = product.high;
+    r.low.lane[i] = product.low;
+  }
+  return r;
+}
+// out[4 i + w] = word w of lane i.
+QK_INLINE void store_interleaved(LanesU32 a, LanesU32 b, LanesU32 c, LanesU32 d, uint32_t* out) {
+  for (int i = 0; i < kLanes; ++i) {
+    out[4 * i] = a.lane[i];
+    out[4 * i + 1] = b.lane[i];
+    out[4 * i + 2] = c.lane[i];
+    out[4 * i + 3] = d.lane[i];
+  }
+}
+QK_INLINE LanesU32 exclusive_or(LanesU32 a, LanesU32 b, uint32_t key) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] ^= b.lane[i] ^ key;
+  return a;
+}
 
 #define QK_LANEWISE(EXPRESSION)                                            \
   Lanes<T> r;                                                              \
@@ -112,6 +152,12 @@ QK_INLINE Lanes<float> power_of_two(Lanes<float> n) {
 template <class T>
 QK_INLINE Lanes<T> constant_like(Lanes<T>, T c) {
   return Lanes<T>::broadcast(c);
+}
+// sum + a * b in float64, where the product of two floats is exact.
+template <class T>
+QK_INLINE Lanes<double> add_products(Lanes<double> sum, Lanes<T> a, Lanes<T> b) {
+  for (int i = 0; i < kLanes; ++i) sum.lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
+  return sum;
 }
 QK_INLINE Lanes<double> hyperbolic_tangent(Lanes<double> x) {
   for (double& lane : x.lane) lane = hyperbolic_tangent(lane);

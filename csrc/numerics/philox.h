@@ -10,16 +10,31 @@ struct PhiloxKey {
   uint32_t word[2];
 };
 
-struct PhiloxBlock {
-  uint32_t word[4];
+// U is a 32-bit word, or a vector of the words of many blocks.
+template <class U>
+struct PhiloxWords {
+  U word[4];
+};
+using PhiloxBlock = PhiloxWords<uint32_t>;
+
+template <class U>
+struct WideProduct {
+  U high, low;
 };
 
-QK_INLINE PhiloxBlock philox4x32(PhiloxBlock c, PhiloxKey key) {
+QK_INLINE WideProduct<uint32_t> multiply_wide(uint32_t constant, uint32_t word) {
+  const uint64_t product = uint64_t{constant} * word;
+  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+}
+QK_INLINE uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
+
+template <class U>
+QK_INLINE PhiloxWords<U> philox4x32(PhiloxWords<U> c, PhiloxKey key) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t first = uint64_t{0xD2511F53u} * c.word[0];
-    const uint64_t second = uint64_t{0xCD9E8D57u} * c.word[2];
-    c = {{static_cast<uint32_t>(second >> 32) ^ c.word[1] ^ key.word[0], static_cast<uint32_t>(second),
-          static_cast<uint32_t>(first >> 32) ^ c.word[3] ^ key.word[1], static_cast<uint32_t>(first)}};
+    const WideProduct<U> first = multiply_wide(0xD2511F53u, c.word[0]);
+    const WideProduct<U> second = multiply_wide(0xCD9E8D57u, c.word[2]);
+    c = {{exclusive_or(second.high, c.word[1], key.word[0]), second.low,
+          exclusive_or(first.high, c.word[3], key.word[1]), first.low}};
     key = {{key.word[0] + 0x9E3779B9u, key.word[1] + 0xBB67AE85u}};
   }
   return c;

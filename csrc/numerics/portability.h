@@ -7,6 +7,9 @@
 #define QK_INLINE inline __attribute__((always_inline))
 #endif
 
+// After the parameters of a lambda that must not become a call with vectors in memory.
+#define QK_INLINE_LAMBDA __attribute__((always_inline))
+
 // Each SIMD tier compiles these headers for its own instruction set. The inline namespace keeps the linker from merging
 // a function compiled for AVX-512 into the code path of an older processor.
 #ifndef QK_ARCH
