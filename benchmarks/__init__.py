@@ -1,0 +1,1 @@
+"""Benchmarks of quantkernels against memory speed and its peers; run with ``python -m benchmarks``."""
