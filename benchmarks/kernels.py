@@ -1,0 +1,422 @@
+"""The set-up of every operator's benchmark: inputs, bytes moved, and candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.case import COPY, OURS, Candidate, Case, Workload
+from quantkernels import functional, nn, reference
+
+CLAMP = "clamp"
+ATEN = "torch.fake_quantize"
+ATEN_TENSORS = "torch.fake_quantize, tensor qparams"
+AO = "torch.ao FusedMovingAvgObs"
+COMPILED = "torch.compile"
+EAGER = "eager"
+
+FORWARD = "forward"
+FORWARD_BACKWARD = "forward+backward"
+BACKWARD = "backward"
+
+_CHANNELS = 64
+_QUANT_MIN, _QUANT_MAX = 0, 255
+_ONE_LEVEL = 1.01 / 127  # of the output's largest magnitude; the zero point is near the middle of the grid
+_MASK_BYTES = 1 / 8
+_BITS = 4
+_SEED = 2016
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one operator's builder is asked for; `peers` chooses among the competition, None for all of it."""
+
+    dtype: str
+    numel: int
+    layout: str = "contiguous"
+    threads: int = 1
+    device: str = "cpu"
+    peers: frozenset[str] | None = None
+
+    def workload(self, op: str, phase: str) -> Workload:
+        return Workload(op, phase, self.dtype, self.numel, self.layout, self.threads, self.device)
+
+
+Builder = Callable[[Setting], Case]
+
+
+def image_shape(numel: int) -> tuple[int, ...]:
+    """[N, 64, S, S] with S up to 32, for a power of two from 2^6; smaller ones are flat."""
+    if numel < _CHANNELS:
+        return (numel,)
+    exponent = numel.bit_length() - 1
+    side = 2 ** min(5, (exponent - 6) // 2)
+    return numel // (_CHANNELS * side * side), _CHANNELS, side, side
+
+
+def _input(setting: Setting, shape: tuple[int, ...] | None = None, spread: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    x = torch.randn(shape or image_shape(setting.numel), generator=generator) * spread
+    x = x.to(setting.device, getattr(torch, setting.dtype))
+    return x.contiguous(memory_format=torch.channels_last) if setting.layout == "channels_last" else x
+
+
+def _bytes(setting: Setting, passes: float, masks: int = 0) -> float:
+    """`passes`: how often an element is read or written; `masks`: how often its bit is."""
+    itemsize: int = getattr(torch, setting.dtype).itemsize
+    return setting.numel * (passes * itemsize + masks * _MASK_BYTES)
+
+
+def _memory_speed(x: Tensor) -> dict[str, Candidate]:
+    source = x.detach()
+    target = torch.empty_like(source)
+    return {
+        COPY: Candidate(lambda: target.copy_(source), tolerance=None),
+        CLAMP: Candidate(lambda: source.clamp(-1, 1), tolerance=None),
+    }
+
+
+def _chosen(setting: Setting, competition: dict[str, Candidate]) -> dict[str, Candidate]:
+    return {name: c for name, c in competition.items() if setting.peers is None or name in setting.peers}
+
+
+def _forward_backward(function: peers.Function, x: Tensor, g: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    def run() -> tuple[Tensor, ...]:
+        y = function(x)
+        return y, *torch.autograd.grad(y, x, g)
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """An input and how to run a function on it: forward alone without a graph, or with its backward."""
+
+    setting: Setting
+    phase: str
+    input: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def build(cls, setting: Setting, phase: str, spread: float = 1.0) -> _Ways:
+        x = _input(setting, spread=spread)
+        return cls(setting, phase, x.requires_grad_(phase == FORWARD_BACKWARD), torch.ones_like(x) * 0.5)
+
+    def run(self, function: peers.Function) -> Callable[[], Tensor | tuple[Tensor, ...]]:
+        if self.phase == FORWARD_BACKWARD:
+            return _forward_backward(function, self.input, self.gradient)
+        x = self.input
+        return lambda: function(x)
+
+    def expected(self, function: peers.Function) -> Callable[[], tuple[Tensor, ...]]:
+        run = self.run(function)
+
+        def results() -> tuple[Tensor, ...]:
+            value = run()
+            return value if isinstance(value, tuple) else (value,)
+
+        return results
+
+    def case(
+        self,
+        op: str,
+        ours: peers.Function,
+        expected: peers.Function,
+        bytes_moved: float,
+        competition: dict[str, Candidate],
+        tolerance: float = 0.0,
+    ) -> Case:
+        candidates = {
+            **_memory_speed(self.input),
+            OURS: Candidate(self.run(ours), tolerance),
+            **_chosen(self.setting, competition),
+        }
+        return Case(self.setting.workload(op, self.phase), candidates, self.expected(expected), bytes_moved)
+
+
+def _qparams(setting: Setting, channels: int = 1) -> tuple[Tensor, Tensor]:
+    # A scale that is no power of two, and saturates about one element of a hundred in a normal distribution.
+    scale = torch.linspace(0.019, 0.021, channels, device=setting.device) if channels > 1 else torch.tensor([0.02])
+    zero_point = torch.full((channels,), 128, dtype=torch.int32)
+    return scale.to(setting.device), zero_point.to(setting.device)
+
+
+def fake_quantize(setting: Setting, phase: str) -> Case:
+    ways = _Ways.build(setting, phase)
+    scale, zero_point = _qparams(setting)
+    grid = (_QUANT_MIN, _QUANT_MAX)
+    step, zero = float(scale.item()), int(zero_point.item())
+
+    def expected(x: Tensor) -> Tensor:
+        return reference.fake_quantize(x, scale, zero_point, *grid)
+
+    aten = ways.run(lambda x: torch.fake_quantize_per_tensor_affine(x, step, zero, *grid))
+    aten_tensors = ways.run(lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *grid))
+    competition = {
+        ATEN: Candidate(aten, _ONE_LEVEL, optional=True),
+        ATEN_TENSORS: Candidate(aten_tensors, _ONE_LEVEL, optional=True),
+        EAGER: Candidate(ways.run(expected)),
+    }
+    if setting.peers is None or COMPILED in setting.peers:
+        competition[COMPILED] = Candidate(ways.run(peers.compiled(expected)), _ONE_LEVEL, optional=True)
+
+    def ours(x: Tensor) -> Tensor:
+        return functional.fake_quantize(x, scale, zero_point, *grid)
+
+    passes, masks = (2, 1) if phase == FORWARD else (4, 2)
+    return ways.case("fake_quantize", ours, expected, _bytes(setting, passes, masks), competition)
+
+
+def fake_quantize_in_place(setting: Setting) -> Case:
+    ways = _Ways.build(setting, FORWARD)
+    scale, zero_point = _qparams(setting)
+    scratch = ways.input.clone()
+
+    def ours(_: Tensor) -> Tensor:
+        return functional.fake_quantize(scratch, scale, zero_point, _QUANT_MIN, _QUANT_MAX, inplace=True)
+
+    def expected(x: Tensor) -> Tensor:
+        return reference.fake_quantize(x, scale, zero_point, _QUANT_MIN, _QUANT_MAX)
+
+    return ways.case("fake_quantize_", ours, expected, _bytes(setting, 2, 1), {})
+
+
+def fake_quantize_per_channel(setting: Setting, phase: str) -> Case:
+    ways = _Ways.build(setting, phase)
+    axis = 1 if ways.input.dim() > 1 else 0
+    scale, zero_point = _qparams(setting, ways.input.shape[axis])
+    grid = (_QUANT_MIN, _QUANT_MAX)
+
+    def ours(x: Tensor) -> Tensor:
+        return functional.fake_quantize(x, scale, zero_point, *grid, axis)
+
+    def expected(x: Tensor) -> Tensor:
+        return reference.fake_quantize(x, scale, zero_point, *grid, axis)
+
+    aten = ways.run(lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *grid))
+    competition = {ATEN: Candidate(aten, _ONE_LEVEL, optional=True), EAGER: Candidate(ways.run(expected))}
+    passes, masks = (2, 1) if phase == FORWARD else (4, 2)
+    return ways.case("fake_quantize, per channel", ours, expected, _bytes(setting, passes, masks), competition)
+
+
+PER_TENSOR = "per tensor"
+PER_CHANNEL_OP = "fake_quantize, each axis"
+
+
+def fake_quantize_each_axis(setting: Setting) -> Case:
+    """Per channel against per tensor on one input [N, 32, 1024]; the last axis has a scale per element of a row."""
+    x = _input(setting, (setting.numel // 2**15, 2**5, 2**10))
+    grid = (_QUANT_MIN, _QUANT_MAX)
+    one = _qparams(setting)
+
+    def per_channel(axis: int) -> Callable[[], Tensor]:
+        scale, zero_point = _qparams(setting, x.shape[axis])
+        wanted = reference.fake_quantize(x, scale, zero_point, *grid, axis)
+        if not torch.equal(functional.fake_quantize(x, scale, zero_point, *grid, axis), wanted):
+            raise AssertionError(f"fake_quantize: axis {axis}: not equal to the reference's")
+        return lambda: functional.fake_quantize(x, scale, zero_point, *grid, axis)
+
+    candidates = {
+        **_memory_speed(x),
+        PER_TENSOR: Candidate(lambda: functional.fake_quantize(x, *one, *grid)),
+        **{f"axis {axis}": Candidate(per_channel(axis), tolerance=None) for axis in (0, 1, 2)},
+    }
+    return Case(
+        setting.workload(PER_CHANNEL_OP, FORWARD),
+        candidates,
+        lambda: (reference.fake_quantize(x, *one, *grid),),
+        _bytes(setting, 2, 1),
+        PER_TENSOR,
+    )
+
+
+def straight_through(setting: Setting) -> Case:
+    g = _input(setting)
+    numel = g.numel()
+    generator = torch.Generator().manual_seed(_SEED)
+    mask = torch.randint(0, 256, ((numel + 7) // 8,), dtype=torch.uint8, generator=generator).to(setting.device)
+    memory_format = 1 if setting.layout == "channels_last" else 0
+    order = (0, 2, 3, 1) if memory_format else tuple(range(g.dim()))
+
+    def expected() -> tuple[Tensor]:
+        in_memory_order = g.permute(order).reshape(-1)
+        bits = (mask[:, None] >> torch.arange(8, device=setting.device)) & 1
+        kept = torch.where(bits.reshape(-1)[:numel].bool(), in_memory_order, 0.0)
+        return (kept.reshape(g.permute(order).shape).permute(tuple(map(order.index, range(g.dim())))),)
+
+    ours = Candidate(lambda: torch.ops.quantkernels.straight_through(g, mask, memory_format))
+    candidates = {**_memory_speed(g), OURS: ours}
+    return Case(setting.workload("straight_through", BACKWARD), candidates, expected, _bytes(setting, 2, 1))
+
+
+def min_max(setting: Setting) -> Case:
+    x = _input(setting)
+
+    def aten() -> tuple[Tensor, ...]:
+        low, high = torch.aminmax(x)
+        return low.reshape(1), high.reshape(1)
+
+    candidates = {
+        **_memory_speed(x),
+        OURS: Candidate(lambda: functional.min_max(x)),
+        **_chosen(setting, {"torch.aminmax": Candidate(aten, optional=True)}),
+    }
+    return Case(setting.workload("min_max", FORWARD), candidates, lambda: reference.min_max(x), _bytes(setting, 1))
+
+
+@dataclass(frozen=True)
+class _ObserverState:
+    """What an observer holds; one for every candidate, so that all begin unobserved."""
+
+    range: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    step: Tensor
+
+    @classmethod
+    def unobserved(cls, device: str) -> _ObserverState:
+        return cls(
+            torch.tensor([math.inf, -math.inf], device=device),
+            torch.ones(1, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+
+def observe_fake_quantize(setting: Setting, phase: str, bounds: functional.Bounds | None = None) -> Case:
+    """Modules in training mode; with `bounds`, the activation and its observer in one against one after the other."""
+    ways = _Ways.build(setting, phase, spread=3.0)
+    module = nn.FakeQuantize(bounds=bounds).to(setting.device)
+    state = _ObserverState.unobserved(setting.device)
+    eager_state = _ObserverState.unobserved(setting.device)
+    ao_module = peers.ao_fake_quantize(setting.device)
+
+    def observe(x: Tensor, state: _ObserverState) -> Tensor:
+        grid = (state.range, state.scale, state.zero_point, state.step, _QUANT_MIN, _QUANT_MAX)
+        return reference.observe_fake_quantize(x, *grid, bounds=bounds)
+
+    def ao(x: Tensor) -> Tensor:
+        result: Tensor = ao_module(x if bounds is None else torch.nn.functional.hardtanh(x, *bounds))
+        return result
+
+    competition = {
+        AO: Candidate(ways.run(ao), _ONE_LEVEL, optional=True),
+        EAGER: Candidate(ways.run(lambda x: observe(x, eager_state))),
+    }
+    op = "observe_fake_quantize" if bounds is None else "relu6 + observe_fake_quantize"
+    passes, masks = (3, 1) if phase == FORWARD else (5, 2)
+    return ways.case(op, module, lambda x: observe(x, state), _bytes(setting, passes, masks), competition)
+
+
+def observe_fake_quantize_per_channel(setting: Setting, phase: str) -> Case:
+    ways = _Ways.build(setting, phase, spread=3.0)
+    axis = 1 if ways.input.dim() > 1 else 0
+    channels = ways.input.shape[axis]
+    module = nn.FakeQuantize(scheme="per_channel_affine", axis=axis, channels=channels).to(setting.device)
+    fresh = nn.FakeQuantize(scheme="per_channel_affine", axis=axis, channels=channels).to(setting.device)
+
+    def expected(x: Tensor) -> Tensor:
+        state = (fresh.range, fresh.scale, fresh.zero_point, fresh.step)
+        return reference.observe_fake_quantize(x, *state, _QUANT_MIN, _QUANT_MAX, axis=axis)
+
+    ao = ways.run(peers.ao_fake_quantize_per_channel(axis, setting.device))
+    competition = {AO: Candidate(ao, _ONE_LEVEL, optional=True)}
+    passes, masks = (3, 1) if phase == FORWARD else (5, 2)
+    bytes_moved = _bytes(setting, passes, masks)
+    return ways.case("observe_fake_quantize, per channel", module, expected, bytes_moved, competition)
+
+
+def dorefa_weight(setting: Setting, phase: str) -> Case:
+    ways = _Ways.build(setting, phase)
+    # Read for the maximum and again to quantize, written; backward reads weight and gradient for a sum, then again.
+    passes = 3 if phase == FORWARD else 8
+    return ways.case(
+        "dorefa_weight",
+        lambda w: functional.dorefa_weight(w, _BITS),
+        lambda w: reference.dorefa_weight(w, _BITS),
+        _bytes(setting, passes),
+        {EAGER: Candidate(ways.run(lambda w: peers.eager_dorefa_weight(w, _BITS)), 1e-4)},
+        tolerance=1e-5,
+    )
+
+
+def dorefa_activation(setting: Setting, phase: str) -> Case:
+    ways = _Ways.build(setting, phase)
+    passes, masks = (2, 1) if phase == FORWARD else (4, 2)
+    return ways.case(
+        "dorefa_activation",
+        lambda x: functional.dorefa_activation(x, _BITS),
+        lambda x: reference.dorefa_activation(x, _BITS),
+        _bytes(setting, passes, masks),
+        {EAGER: Candidate(ways.run(lambda x: peers.eager_dorefa_activation(x, _BITS)), 1e-4)},
+    )
+
+
+def dorefa_gradient(setting: Setting) -> Case:
+    """The identity forward and the quantized gradient, against the eager composition's quantization alone."""
+    x = _input(setting).requires_grad_()
+    g = _input(setting, spread=1e-3)
+    states = [torch.tensor([_SEED, 0], device=setting.device) for _ in range(2)]
+
+    def run(function: Callable[[Tensor, Tensor, int], Tensor], state: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(function(x, state, _BITS), x, g)
+
+    candidates = {
+        **_memory_speed(g),
+        OURS: Candidate(run(functional.dorefa_gradient, states[0])),
+        **_chosen(setting, {EAGER: Candidate(lambda: peers.eager_dorefa_gradient(g, _BITS), tolerance=None)}),
+    }
+    expected = run(reference.dorefa_gradient, states[1])
+    return Case(setting.workload("dorefa_gradient", BACKWARD), candidates, expected, _bytes(setting, 3))
+
+
+ONE_THREAD, ALL_THREADS = "1 thread", "all threads"
+THREADS_OP = "fake_quantize, threads"
+
+
+def threads(setting: Setting) -> Case:
+    """The operator against itself on one thread; `setting.threads` are all."""
+    x = _input(setting)
+    qparams = _qparams(setting)
+
+    def run() -> Tensor:
+        return functional.fake_quantize(x, *qparams, _QUANT_MIN, _QUANT_MAX)
+
+    return Case(
+        setting.workload(THREADS_OP, FORWARD),
+        {ONE_THREAD: Candidate(run, threads=1), ALL_THREADS: Candidate(run)},
+        lambda: (reference.fake_quantize(x, *qparams, _QUANT_MIN, _QUANT_MAX),),
+        _bytes(setting, 2, 1),
+        ONE_THREAD,
+    )
+
+
+def _relu6_observe_fake_quantize(setting: Setting) -> Case:
+    return observe_fake_quantize(setting, FORWARD_BACKWARD, bounds=(0.0, 6.0))
+
+
+def _in_phase(builder: Callable[[Setting, str], Case], phase: str) -> Builder:
+    return lambda setting: builder(setting, phase)
+
+
+GRID: dict[str, Builder] = {
+    "fake_quantize forward": _in_phase(fake_quantize, FORWARD),
+    "fake_quantize": _in_phase(fake_quantize, FORWARD_BACKWARD),
+    "fake_quantize_ forward": fake_quantize_in_place,
+    "fake_quantize per channel": _in_phase(fake_quantize_per_channel, FORWARD_BACKWARD),
+    "straight_through": straight_through,
+    "min_max": min_max,
+    "observe_fake_quantize forward": _in_phase(observe_fake_quantize, FORWARD),
+    "observe_fake_quantize": _in_phase(observe_fake_quantize, FORWARD_BACKWARD),
+    "observe_fake_quantize per channel": _in_phase(observe_fake_quantize_per_channel, FORWARD_BACKWARD),
+    "relu6 + observe_fake_quantize": _relu6_observe_fake_quantize,
+    "dorefa_weight": _in_phase(dorefa_weight, FORWARD_BACKWARD),
+    "dorefa_activation": _in_phase(dorefa_activation, FORWARD_BACKWARD),
+    "dorefa_gradient": dorefa_gradient,
+}
+"""Every operator, by the name that a grid of dtypes, sizes, layouts and threads is made under."""
