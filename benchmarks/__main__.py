@@ -1,0 +1,83 @@
+"""The entry point: ``python -m benchmarks [--quick]``. Exits with 0 whatever the times; a wrong result is an error."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import accept, chart, machine, plan, tiers
+from benchmarks.case import Measurement, Row, measure, rows_of, table_text, write_csv
+from benchmarks.timing import Effort
+
+
+class Recorder:
+    """Collects measurements and rows, and prints each table as it is taken."""
+
+    def __init__(self) -> None:
+        self.measurements: list[Measurement] = []
+        self.rows: list[Row] = []
+
+    def add(self, measurement: Measurement, tier: str) -> None:
+        rows = rows_of(measurement, tier)
+        self.measurements.append(measurement)
+        self.rows += rows
+        print(table_text(measurement, rows), flush=True)
+
+    def run(self, cases: Iterable[plan.Build], effort: Effort) -> None:
+        for build in cases:
+            self.add(measure(build(), effort), machine.cpu_tier())
+
+
+def _run_tiers(recorder: Recorder, mode: plan.Mode) -> tuple[int, list[str]]:
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(tiers.Worker(tier)) for tier in machine.available_tiers()]
+        most = plan.thread_counts()[-1]
+        for measurement in tiers.measure_tiers(workers, mode.tier_sizes, most, mode.tiers):
+            recorder.add(measurement, tiers.TIERS)
+        return tiers.differing_digests(workers, (1, 2))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: under two minutes")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the CSV and PNG files")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("kernels", "training", "tiers"),
+        default=("kernels", "training", "tiers"),
+        help="what to measure; lines that need the rest say 'not measured'",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    start = time.monotonic()
+    arguments = _parse()
+    mode = plan.QUICK if arguments.quick else plan.FULL
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao announces its own
+    described = machine.description()
+    print(described, flush=True)
+    recorder = Recorder()
+    digests = None
+    if "kernels" in arguments.parts:
+        recorder.run(plan.kernel_cases(mode), mode.kernels)
+    if "training" in arguments.parts:
+        recorder.run(plan.training_cases(mode), mode.training)
+    if "tiers" in arguments.parts:
+        digests = _run_tiers(recorder, mode)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_csv(arguments.output / f"{mode.name}.csv", recorder.rows)
+    chart.draw(arguments.output / f"{mode.name}.png", recorder.rows, described)
+    compared_on = f"tiers {', '.join(machine.available_tiers())} with 1 and 2 threads"
+    verdicts = accept.judge(recorder.measurements, digests, compared_on)
+    print(f"\n{described}\n\n{accept.report_text(verdicts, machine.cpu_tier())}")
+    print(f"\n{mode.name} mode, {time.monotonic() - start:.0f} s; rows and chart in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
