@@ -1,5 +1,5 @@
-// Owns tanh in float32. Every multiply-add is fused by name, so that every tier and device computes the same bits; a tier
-// without the instruction calls the C library's.
+// Owns tanh in float32. Every multiply-add is fused by name, so that every tier and device computes the same bits; a
+// tier without the instruction calls the C library's.
 //
 // Below 0.7 an odd polynomial, x + x z P(z) with z = x^2; above, 1 - 2 / (exp(2x) + 1), where the error of exp shrinks
 // with the distance of tanh from 1. The coefficients are minimax fits (Lawson iteration) of relative error 7e-10 and
