@@ -179,17 +179,13 @@ def find_cuda(environment: Mapping[str, str]) -> tuple[Cuda | None, str]:
 
 
 def ninja_file(torch: Torch, cuda: Cuda | None, environment: Mapping[str, str], library: Path) -> str:
-    """The build graph. Paths of sources are relative to the repository: no machine's folders get into the library."""
+    """The build graph. Paths in __FILE__ are relative: no folder of this machine gets into the library."""
     werror = environment.get("QUANTKERNELS_WERROR") == "1"
     compiler = environment.get("CXX", "c++")
     user_flags = shlex.split(environment.get("CXXFLAGS", ""))
     cpu_flags = [*user_flags, *CXX_FLAGS, *(["-Werror"] if werror else [])]
-    ops_flags = [
-        *cpu_flags,
-        "-isystem",
-        str(torch.home / "include"),
-        f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}",
-    ]
+    ops_flags = [*cpu_flags, f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}"]
+    ops_flags += ["-isystem", str(torch.home / "include"), f"-fmacro-prefix-map={torch.home}=torch"]
     link_flags = [*user_flags, *LINK_FLAGS, *shlex.split(environment.get("LDFLAGS", ""))]
     libraries = [f"-L{torch.home / 'lib'}", "-ltorch_cpu", "-lc10"]
     nvcc = "nvcc"
@@ -269,7 +265,7 @@ class BuildLibrary(build_ext):
                 raise SystemExit("quantkernels: the build failed; the compiler's messages are above")
             destination = Path(self.get_ext_fullpath(ext.name))
             destination.parent.mkdir(parents=True, exist_ok=True)
-            # Not copy2: a new time makes setuptools copy it on into the source tree, and tells make that it is up to date.
+            # Not copy2: the file must be newer than the sources, or make would build again and again.
             shutil.copy(library, destination)
 
 

@@ -204,7 +204,7 @@ def table(results: Sequence[Result]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains all configurations under a progress bar and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m quantkernels.demo", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=15, help="epochs per training (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs per training (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per configuration (default %(default)s)")
     options = parser.parse_args(arguments)
     try:
