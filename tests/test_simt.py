@@ -48,28 +48,35 @@ def executable(stem: str, flavour: Flavour) -> Path:
     return toolchain.build_executable(SIMT / f"{stem}.cpp", flavour)
 
 
+FLAVOURS = [PLAIN, UCONTEXT, ADDRESS, THREAD, INITCHECK]
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("bug", "flavour", "report"), [pytest.param(*case, id=f"{case[0]}-{case[1].name}") for case in SEEDED_BUGS]
 )
-def test_seeded_bug_is_caught_and_its_right_twin_passes(bug: str, flavour: Flavour, report: str, order: str) -> None:
-    program = executable("seeded_bugs", flavour)
-    broken = toolchain.run(program, bug, "broken", order)
-    assert broken.returncode != 0
-    assert report in broken.stdout + broken.stderr
-    correct = toolchain.run(program, bug, "correct", order)
-    assert (correct.stdout, correct.stderr, correct.returncode) == ("ok\n", "", 0)
+def test_seeded_bug_is_caught(bug: str, flavour: Flavour, report: str, order: str) -> None:
+    result = toolchain.run(executable("seeded_bugs", flavour), bug, order)
+    assert result.returncode != 0
+    assert report in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda flavour: flavour.name)
+def test_right_twins_of_the_seeded_bugs_pass_every_detector(flavour: Flavour, order: str) -> None:
+    result = toolchain.run(executable("seeded_bugs", flavour), "correct", order)
+    assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
 
 
 @pytest.mark.parametrize("bug", ["missing_release_fence", "missing_acquire_fence", "uninitialised_shared_memory"])
 def test_seeded_bug_shows_in_no_result(bug: str) -> None:
     """Why detectors are needed: these give the right result in every order."""
     for order in ORDERS:
-        assert toolchain.run(executable("seeded_bugs", PLAIN), bug, "broken", order).stdout == "ok\n"
+        assert toolchain.run(executable("seeded_bugs", PLAIN), bug, order).stdout == "ok\n"
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("flavour", [PLAIN, UCONTEXT, ADDRESS, THREAD, INITCHECK], ids=lambda flavour: flavour.name)
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda flavour: flavour.name)
 def test_device_pieces_over_sizes_and_alignments(flavour: Flavour, order: str) -> None:
     program = executable("device_pieces_sweep", flavour)
     result = toolchain.run(program, "few" if flavour is THREAD else "all", order)
@@ -204,8 +211,7 @@ def test_atomics_over_a_three_dimensional_grid(pieces: ModuleType, order: str) -
     )
 
 
-@pytest.mark.parametrize("architecture", ["75", "100"])
-def test_device_pieces_compile_as_cuda(architecture: str, tmp_path: Path) -> None:
+def test_device_pieces_compile_as_cuda(tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
@@ -213,7 +219,8 @@ def test_device_pieces_compile_as_cuda(architecture: str, tmp_path: Path) -> Non
     source.write_text('#include "device_pieces.cuh"\n')
     command = [
         *(nvcc, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))),
-        *(f"-gencode=arch=compute_{architecture},code=sm_{architecture}", f"-I{SIMT}", f"-I{REPOSITORY / 'csrc'}"),
+        *("-gencode=arch=compute_75,code=sm_75", "-gencode=arch=compute_100,code=sm_100"),
+        *(f"-I{SIMT}", f"-I{REPOSITORY / 'csrc'}"),
         *("--fmad=false", "-Xptxas=-warn-spills,-warn-lmem-usage,-Werror", "-Werror=all-warnings"),
         "-Xcompiler=-Wall,-Wextra,-Werror",
     ]

@@ -9,6 +9,7 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #ifndef __forceinline__
 #define __forceinline__ inline __attribute__((always_inline))
 #endif

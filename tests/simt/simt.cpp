@@ -10,6 +10,7 @@
 
 #include "fiber.h"
 #include "kernel_error.h"
+#include "meeting.h"
 #include "shared_arena.h"
 
 #if defined(QK_SIMT_TSAN)
@@ -27,7 +28,6 @@ dim3 blockDim, gridDim;
 namespace qk::simt {
 namespace {
 
-constexpr unsigned kWarpLanes = 32;
 #if defined(QK_SIMT_TSAN)
 // ThreadSanitizer holds 8128 threads at once; each thread that fences takes a second one.
 constexpr size_t kMaxTsanThreads = 8000;
@@ -67,18 +67,6 @@ struct Barrier {
   Site site{};
   // One per parity of the generation: a thread that leaves late must not learn what early ones did after leaving.
   SyncObject sync[2];
-};
-
-// Lanes waiting for each other in a warp collective.
-struct Meeting {
-  unsigned mask;
-  unsigned arrived;
-  Collective operation;
-  unsigned bytes;
-  Site site;
-  unsigned sync;
-  uint64_t value[kWarpLanes];
-  unsigned char source[kWarpLanes];
 };
 
 struct Thread;
@@ -153,6 +141,7 @@ class Scheduler {
   void release_abandoned();
   void finish_launch();
 
+  size_t wrap(size_t position) const { return position < queue_.size() ? position : position - queue_.size(); }
   void enqueue(Thread& thread);
   void enqueue_in_order(Thread* threads, size_t count, State waiting_in);
   Thread* dequeue();
@@ -194,42 +183,6 @@ Scheduler& scheduler() {
   return instance;
 }
 
-const char* name_of(Collective operation) {
-  switch (operation) {
-    case Collective::kBallot:
-      return "__ballot_sync";
-    case Collective::kAny:
-      return "__any_sync";
-    case Collective::kAll:
-      return "__all_sync";
-    case Collective::kShuffleIndex:
-      return "__shfl_sync";
-    case Collective::kShuffleUp:
-      return "__shfl_up_sync";
-    case Collective::kShuffleDown:
-      return "__shfl_down_sync";
-    case Collective::kShuffleXor:
-      return "__shfl_xor_sync";
-    case Collective::kReduceAdd:
-      return "__reduce_add_sync";
-    case Collective::kReduceMin:
-    case Collective::kReduceMinSigned:
-      return "__reduce_min_sync";
-    case Collective::kReduceMax:
-    case Collective::kReduceMaxSigned:
-      return "__reduce_max_sync";
-    case Collective::kReduceAnd:
-      return "__reduce_and_sync";
-    case Collective::kReduceOr:
-      return "__reduce_or_sync";
-    case Collective::kReduceXor:
-      return "__reduce_xor_sync";
-    case Collective::kSyncWarp:
-      return "__syncwarp";
-  }
-  return "an unknown collective";
-}
-
 const char* file_name(Site site) {
   const char* slash = std::strrchr(site.file, '/');
   return slash == nullptr ? site.file : slash + 1;
@@ -255,8 +208,6 @@ class BlockOrder {
   Order order_;
   uint64_t total_, start_ = 0, stride_ = 1;
 };
-
-// ---
 
 void Scheduler::launch(dim3 grid, dim3 block, bool cooperative, void (*body)(void*), void* arguments) {
   if (running()) throw Error("a kernel must not launch a kernel");
@@ -369,8 +320,6 @@ void Scheduler::finish_launch() {
 #endif
 }
 
-// ---
-
 void Scheduler::fail(const Message& message) {
   const uint3 block = current_->block->index, thread = current_->index;
   failed_ = true;
@@ -469,12 +418,7 @@ Message Scheduler::describe_deadlock() const {
   return message;
 }
 
-// ---
-
-void Scheduler::enqueue(Thread& thread) {
-  queue_[(queue_head_ + queue_count_) % queue_.size()] = &thread;
-  ++queue_count_;
-}
+void Scheduler::enqueue(Thread& thread) { queue_[wrap(queue_head_ + queue_count_++)] = &thread; }
 
 // Makes ready those of `threads` that are in the given state.
 void Scheduler::enqueue_in_order(Thread* threads, size_t count, State waiting_in) {
@@ -490,9 +434,9 @@ Thread* Scheduler::dequeue() {
   if (queue_count_ == 0) return nullptr;
   Thread*& head = queue_[queue_head_];
   if (config().order == Order::kRandom) {
-    std::swap(head, queue_[(queue_head_ + random_.below(queue_count_)) % queue_.size()]);
+    std::swap(head, queue_[wrap(queue_head_ + random_.below(queue_count_))]);
   }
-  if (++queue_head_ == queue_.size()) queue_head_ = 0;
+  queue_head_ = wrap(queue_head_ + 1);
   --queue_count_;
   return head;
 }
@@ -528,8 +472,6 @@ void Scheduler::maybe_preempt() {
   enqueue(current());
   suspend(State::kReady);
 }
-
-// ---
 
 // Counts the calling thread in; true for the last one.
 bool Scheduler::arrive(Barrier& barrier, unsigned expected, int predicate, Site site, const char* name) {
@@ -584,52 +526,6 @@ void Scheduler::wait_at_grid_barrier(Site site) {
     suspend(State::kAtGridBarrier);
   }
   acquire(sync);
-}
-
-// ---
-
-bool is_shuffle(Collective operation) {
-  return operation >= Collective::kShuffleIndex && operation <= Collective::kShuffleXor;
-}
-
-uint32_t combine(Collective operation, uint32_t a, uint32_t b) {
-  const auto signed_a = static_cast<int32_t>(a), signed_b = static_cast<int32_t>(b);
-  switch (operation) {
-    case Collective::kAny:
-    case Collective::kReduceOr:
-      return a | b;
-    case Collective::kAll:
-    case Collective::kReduceAnd:
-      return a & b;
-    case Collective::kReduceXor:
-      return a ^ b;
-    case Collective::kReduceAdd:
-      return a + b;
-    case Collective::kReduceMin:
-      return std::min(a, b);
-    case Collective::kReduceMax:
-      return std::max(a, b);
-    case Collective::kReduceMinSigned:
-      return static_cast<uint32_t>(std::min(signed_a, signed_b));
-    case Collective::kReduceMaxSigned:
-      return static_cast<uint32_t>(std::max(signed_a, signed_b));
-    default:
-      return 0;
-  }
-}
-
-// The result that all lanes share, of operations other than shuffles.
-uint32_t reduce(const Meeting& meeting) {
-  const int first = __builtin_ctz(meeting.arrived);
-  auto result = static_cast<uint32_t>(meeting.value[first]);
-  if (meeting.operation == Collective::kBallot) result <<= first;
-  for (unsigned lanes = meeting.arrived & (meeting.arrived - 1); lanes != 0; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    const auto value = static_cast<uint32_t>(meeting.value[lane]);
-    result =
-        meeting.operation == Collective::kBallot ? result | value << lane : combine(meeting.operation, result, value);
-  }
-  return result;
 }
 
 Meeting* Scheduler::find_meeting(Warp& warp, unsigned mask) {
@@ -705,8 +601,6 @@ uint64_t Scheduler::meet(Collective operation, unsigned bytes, unsigned mask, ui
   if (operation == Collective::kSyncWarp) acquire(sync);
   return self.result;
 }
-
-// ---
 
 #if defined(QK_SIMT_TSAN)
 // A fence before an atomic releases, a fence after one acquires (PTX memory model, release and acquire patterns).

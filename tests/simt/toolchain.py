@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,12 +26,12 @@ _COMMON = (
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",
-    "-g",
+    "-g1",
     f"-I{SIMT}",
     f"-I{REPOSITORY / 'csrc'}",
 )
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
-_EMULATOR = ("simt.cpp", "fiber.cpp", "shared_arena.cpp", "runtime_api.cpp")
+_EMULATOR = ("simt.cpp", "meeting.cpp", "fiber.cpp", "shared_arena.cpp", "runtime_api.cpp")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Flavour:
     emulator_sources: tuple[str, ...] = _EMULATOR
 
 
-PLAIN = Flavour("plain", kernel_flags=("-O2",))
+PLAIN = Flavour("plain", kernel_flags=("-O1",))
 # The fallback for processors other than x86-64.
-UCONTEXT = Flavour("ucontext", kernel_flags=("-O2",), emulator_flags=("-DQK_SIMT_UCONTEXT",))
+UCONTEXT = Flavour("ucontext", kernel_flags=("-O1",), emulator_flags=("-DQK_SIMT_UCONTEXT",))
 _ADDRESS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 ADDRESS = Flavour("address", kernel_flags=("-O1", *_ADDRESS), emulator_flags=("-DQK_SIMT_ASAN",), link_flags=_ADDRESS)
 THREAD = Flavour(
@@ -63,18 +65,20 @@ INITCHECK = Flavour(
 )
 
 
+@functools.cache
 def build_executable(source: Path, flavour: Flavour = PLAIN) -> Path:
     """Compiles one source file and the emulator to a program; returns its path."""
-    objects = [_compile(source, (*flavour.kernel_flags, *_WARNINGS)), *_emulator_objects(flavour)]
+    objects = _compile_all(source, flavour)
     return _link(objects, flavour.link_flags, source.stem)
 
 
+@functools.cache
 def build_module(source: Path, flavour: Flavour = PLAIN) -> ModuleType:
     """Compiles `PYBIND11_MODULE(stem, m)` in stem.cpp and the emulator to a module; returns it imported."""
     import pybind11
 
     includes = (f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}")
-    objects = [_compile(source, (*flavour.kernel_flags, *_WARNINGS, *includes)), *_emulator_objects(flavour)]
+    objects = _compile_all(source, flavour, *includes)
     library = _link(objects, (*flavour.link_flags, "-shared"), f"{source.stem}.so")
     spec = importlib.util.spec_from_file_location(source.stem, library)
     assert spec is not None
@@ -124,8 +128,15 @@ def _launcher() -> tuple[str, ...]:
     return command if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0 else ()
 
 
-def _emulator_objects(flavour: Flavour) -> list[Path]:
-    return [_compile(SIMT / name, ("-O2", *_WARNINGS, *flavour.emulator_flags)) for name in flavour.emulator_sources]
+def _compile_all(source: Path, flavour: Flavour, *flags: str) -> list[Path]:
+    """The objects of the kernels' source file and of the emulator."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.submit(_compile, source, (*flavour.kernel_flags, *_WARNINGS, *flags))
+        emulator = [
+            pool.submit(_compile, SIMT / name, ("-O2", *_WARNINGS, *flavour.emulator_flags))
+            for name in flavour.emulator_sources
+        ]
+        return [kernels.result(), *(unit.result() for unit in emulator)]
 
 
 def _compile(source: Path, flags: tuple[str, ...]) -> Path:
@@ -154,7 +165,7 @@ def _cached(command: list[str], inputs: list[Path], name: str) -> Path:
     if output.exists():
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{name}.{os.getpid()}")
+    unfinished = output.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}")
     built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
     if built.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{built.stderr}")
