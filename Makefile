@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo test lint format build clean
+.PHONY: demo test bench lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed-demo quantkernels/_C.so
 
 test: $(VENV)/.installed-dev quantkernels/_C.so
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# BENCH_ARGS=--quick takes under two minutes.
+bench: $(VENV)/.installed-bench quantkernels/_C.so
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
