@@ -8,6 +8,7 @@ message, and returns tensors of the right shape, dtype and strides.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -231,6 +232,34 @@ def _(
     high: float,
 ) -> Tensor:
     _check_affine("fake_quantize_", input, scale, zero_point, quant_min, quant_max, axis, low, high)
+    return _empty_mask(input)
+
+
+def _check_numbers(
+    op: str, input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float
+) -> None:
+    _check_floating(op, "input", input)
+    _check_grid(op, quant_min, quant_max, low, high)
+    if not 0.0 < scale < math.inf:
+        fail(op, "scale", "a positive finite number or a tensor", f"{scale:g}")
+    if not quant_min <= zero_point <= quant_max:
+        fail(op, "zero_point", f"from quant_min = {quant_min} to quant_max = {quant_max}", zero_point)
+
+
+_NUMBERS = "float scale, int zero_point, int quant_min, int quant_max, float low, float high"
+
+
+@_define(f"fake_quantize.number(Tensor input, {_NUMBERS}) -> (Tensor output, Tensor mask)")
+def _(
+    input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    _check_numbers("fake_quantize", input, scale, zero_point, quant_min, quant_max, low, high)
+    return _empty_like(input), _empty_mask(input)
+
+
+@_define(f"fake_quantize_.number(Tensor(a!) input, {_NUMBERS}) -> Tensor mask")
+def _(input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float) -> Tensor:
+    _check_numbers("fake_quantize_", input, scale, zero_point, quant_min, quant_max, low, high)
     return _empty_mask(input)
 
 

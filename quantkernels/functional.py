@@ -123,19 +123,26 @@ class _StraightThrough(torch.autograd.Function):
         return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None
 
 
-class _Masked(torch.autograd.Function):
-    """Runs a raw quantizer, in place or not, whose gradient is the incoming one under the mask it returns.
+# Raw quantizers that return (output, mask), and the same in place, returning the mask alone. Looked up once: the lookup
+# by name costs as much as a small tensor's kernel.
+_MASKED: dict[str, tuple[Any, Any]] = {
+    "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
+    "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
+    "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
+    "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
+}
 
-    ``arguments`` are those of the raw operator after the input; the in-place operator returns the mask alone.
-    """
+
+class _Masked(torch.autograd.Function):
+    """Runs a raw quantizer, in place or not, whose gradient is the incoming one under the mask it returns."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, name: str, inplace: bool, *arguments: Any) -> Tensor:
         if inplace:
-            output, mask = input, getattr(_raw, f"{name}_")(input, *arguments)
+            output, mask = input, _MASKED[name][1](input, *arguments)
             ctx.mark_dirty(input)
         else:
-            output, mask = getattr(_raw, name)(input, *arguments)
+            output, mask = _MASKED[name][0](input, *arguments)
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format_index(output)
         return output
@@ -148,26 +155,28 @@ class _Masked(torch.autograd.Function):
 
 
 def _masked(name: str, input: Tensor, inplace: bool, *arguments: Any) -> Tensor:
-    if _needs_grad(input):
+    if input.requires_grad and torch.is_grad_enabled():
         return _apply(_Masked, input, name, inplace, *arguments)
     if inplace:
-        getattr(_raw, f"{name}_")(input, *arguments)
+        _MASKED[name][1](input, *arguments)
         return input
-    output: Tensor = getattr(_raw, name)(input, *arguments)[0]
+    output: Tensor = _MASKED[name][0](input, *arguments)[0]
     return output
 
 
-def _as_parameter(value: Tensor | float, argument: str, input: Tensor) -> Tensor:
-    """A number becomes a one-element tensor on the device of `input`."""
+def _as_tensor(argument: str, value: Tensor | float, dtype: torch.dtype, input: Tensor) -> Tensor:
+    """A number beside a tensor becomes a one-element tensor on the device of `input`."""
     if isinstance(value, Tensor):
         return value
-    if argument == "scale":
-        if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
-            fail("fake_quantize", argument, "a positive finite number or a tensor", repr(value))
-        return torch.full((1,), value, dtype=torch.float32, device=input.device)
-    if isinstance(value, bool) or not isinstance(value, int):
-        fail("fake_quantize", argument, "an int or a tensor", repr(value))
-    return torch.full((1,), value, dtype=torch.int32, device=input.device)
+    _check_number(argument, value)
+    return torch.full((1,), value, dtype=dtype, device=input.device)
+
+
+def _check_number(argument: str, value: object) -> None:
+    number = int if argument == "zero_point" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, number):
+        kind = "an int or a tensor" if argument == "zero_point" else "a positive finite number or a tensor"
+        fail("fake_quantize", argument, kind, repr(value))
 
 
 def fake_quantize(
@@ -205,12 +214,16 @@ def fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
-    if not isinstance(zero_point, Tensor) and not quant_min <= zero_point <= quant_max:
-        fail("fake_quantize", "zero_point", f"from quant_min = {quant_min} to quant_max = {quant_max}", zero_point)
     low, high = bounds or _NO_BOUNDS
-    scale = _as_parameter(scale, "scale", input)
-    zero_point = _as_parameter(zero_point, "zero_point", input)
-    return _masked("fake_quantize", input, inplace, scale, zero_point, quant_min, quant_max, axis, low, high)
+    if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+        return _masked("fake_quantize", input, inplace, scale, zero_point, quant_min, quant_max, axis, low, high)
+    if isinstance(scale, Tensor) or isinstance(zero_point, Tensor) or axis is not None:
+        scale = _as_tensor("scale", scale, torch.float32, input)
+        zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
+        return _masked("fake_quantize", input, inplace, scale, zero_point, quant_min, quant_max, axis, low, high)
+    _check_number("scale", scale)
+    _check_number("zero_point", zero_point)
+    return _masked("fake_quantize_number", input, inplace, scale, zero_point, quant_min, quant_max, low, high)
 
 
 def observe_fake_quantize(

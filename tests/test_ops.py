@@ -41,6 +41,8 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fake_quantize transposed": lambda: (torch.randn(5, 7).t(), *scale_of(), -8, 7, None, -INF, INF),
     "fake_quantize half": lambda: (torch.randn(5, 7).half(), *scale_of(), -8, 7, None, -INF, INF),
     "fake_quantize_": lambda: (torch.randn(5, 7), *scale_of(), -8, 7, None, 0.0, INF),
+    "fake_quantize.number": lambda: (torch.randn(5, 7), 0.1, 3, -8, 7, -INF, INF),
+    "fake_quantize_.number": lambda: (torch.randn(5, 7), 0.1, 3, -8, 7, 0.0, 6.0),
     "observe_fake_quantize": lambda: (torch.randn(5, 7), *state(), *OBSERVE),
     "observe_fake_quantize per channel": lambda: (
         torch.randn(5, 7),
@@ -65,7 +67,8 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 
 def overload(sample: str) -> Any:
-    return getattr(ops, sample.partition(" ")[0]).default
+    name, _, overload_name = sample.partition(" ")[0].partition(".")
+    return getattr(getattr(ops, name), overload_name or "default")
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -75,9 +78,7 @@ def test_opcheck(sample: str) -> None:
 
 def test_every_operator_has_a_sample() -> None:
     registered = {
-        name.partition("::")[2].partition(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("quantkernels::")
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("quantkernels::")
     }
     assert registered - {"build_info"} == {sample.partition(" ")[0] for sample in SAMPLES}
 
@@ -108,6 +109,10 @@ ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
     ("fake_quantize", 5, lambda: 0, "`scale` to be of shape [5]", "[1]"),
     ("fake_quantize", 6, lambda: INF, "`low` to be less than high = inf", "inf"),
     ("fake_quantize", 7, lambda: math.nan, "`low` to be less than high = nan", "-inf"),
+    ("fake_quantize.number", 1, lambda: 0.0, "`scale` to be a positive finite number or a tensor", "0"),
+    ("fake_quantize.number", 1, lambda: INF, "`scale` to be a positive finite number or a tensor", "inf"),
+    ("fake_quantize.number", 2, lambda: 8, "`zero_point` to be from quant_min = -8 to quant_max = 7", "8"),
+    ("fake_quantize_.number", 4, lambda: -8, "`quant_max` to be from quant_min + 1 to 65535", "-8"),
     ("fake_quantize_", 0, lambda: torch.ones(3, dtype=torch.bool), f"`input` to be {FLOATING}", "bool"),
     ("observe_fake_quantize", 1, lambda: torch.zeros(3), "`range` to be of shape [2, 1] or, per tensor, [2]", "[3]"),
     ("observe_fake_quantize", 1, lambda: torch.zeros(2).half(), "`range` to be float32", "float16"),
@@ -140,7 +145,7 @@ def test_misuse_has_the_same_message_from_kernel_and_fake(
     arguments = misuse(sample, position, value)()
     with pytest.raises(RuntimeError) as kernel:
         overload(sample)(*arguments)
-    assert str(kernel.value) == f"{sample}: expected {expected}, but got {actual}"
+    assert str(kernel.value) == f"{sample.partition('.')[0]}: expected {expected}, but got {actual}"
     mode = FakeTensorMode()
     fake_arguments = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
     with mode, pytest.raises(RuntimeError) as fake:
@@ -168,7 +173,7 @@ def test_devices_must_agree(device: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "expected", "actual"),
     [
-        ({"scale": 0.0}, "`scale` to be a positive finite number or a tensor", "0.0"),
+        ({"scale": 0.0}, "`scale` to be a positive finite number or a tensor", "0"),
         ({"scale": math.nan}, "`scale` to be a positive finite number or a tensor", "nan"),
         ({"scale": "1"}, "`scale` to be a positive finite number or a tensor", "'1'"),
         ({"zero_point": 0.5}, "`zero_point` to be an int or a tensor", "0.5"),

@@ -4,12 +4,29 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../cpu/run.h"
+#if defined(QUANTKERNELS_WITH_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../cuda/run_cuda.h"
+#endif
 
 namespace qk::ops {
 
 using torch::stable::Tensor;
 
+// A backend also holds a scale and a zero point that the caller gave as numbers where its kernels can read them.
 struct Cpu {
+  struct Parameters {
+    float scale;
+    int32_t zero_point;
+
+    Parameters(double scale, int64_t zero_point, const Tensor& /*like*/)
+        : scale(static_cast<float>(scale)), zero_point(static_cast<int32_t>(zero_point)) {}
+    const float* scale_pointer() const { return &scale; }
+    const int32_t* zero_point_pointer() const { return &zero_point; }
+  };
+
   static void parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::ParallelBody body, void* context);
 
   // `like` is a tensor of the job, which tells the device.
@@ -18,5 +35,24 @@ struct Cpu {
     cpu::run(job, &parallel_for);
   }
 };
+
+#if defined(QUANTKERNELS_WITH_CUDA)
+struct Cuda {
+  // Throws std::runtime_error with CUDA's description.
+  static void check(cudaError_t error);
+
+  // On the tensor's device and its current stream. The workspace returns to torch's allocator at once: that hands it
+  // out to later work of the same stream only.
+  template <class Job>
+  static void run(const Job& job, const Tensor& like) {
+    const torch::stable::accelerator::DeviceIndex device = like.device().index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    const torch::stable::accelerator::Stream stream = torch::stable::accelerator::getCurrentStream(device);
+    const int64_t bytes = static_cast<int64_t>(cuda::workspace_bytes(job));
+    const Tensor workspace = torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+    check(cuda::run(job, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream.nativeHandle())));
+  }
+};
+#endif
 
 }  // namespace qk::ops

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/device.h>
 
+#include <cmath>
+
 namespace qk::ops {
 namespace {
 
@@ -110,6 +112,13 @@ void check_grid(const char* op, int64_t quant_min, int64_t quant_max, double low
     fail(op, "quant_max", "from quant_min + 1 to ", kLargest, ", but got ", quant_max);
   }
   if (!(low < high)) fail(op, "low", "less than high = ", high, ", but got ", low);
+}
+
+void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
+  if (!(scale > 0.0 && scale < INFINITY)) fail(op, "scale", "a positive finite number or a tensor, but got ", scale);
+  if (zero_point < quant_min || zero_point > quant_max) {
+    fail(op, "zero_point", "from quant_min = ", quant_min, " to quant_max = ", quant_max, ", but got ", zero_point);
+  }
 }
 
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor) {

@@ -35,6 +35,7 @@ void check_dtype(const char* op, const char* argument, const Tensor& tensor, Sca
 std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis);
 // [1] (or 0-dim) per tensor, [size of the axis] per channel.
 void check_per_channel(const char* op, const char* argument, const Tensor& tensor, int64_t channels);
+void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max);
 void check_grid(const char* op, int64_t quant_min, int64_t quant_max, double low, double high);
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor);
 

@@ -54,7 +54,12 @@ DType check_affine(const char* op, const Tensor& input, const Tensor& scale, con
   return dtype;
 }
 
-AffineJob affine_job(const Prepared& p, DType dtype, const Tensor& scale, const Tensor& zero_point,
+const float* scale_pointer(const Tensor& scale) { return static_cast<const float*>(scale.const_data_ptr()); }
+const int32_t* zero_point_pointer(const Tensor& zero_point) {
+  return static_cast<const int32_t*>(zero_point.const_data_ptr());
+}
+
+AffineJob affine_job(const Prepared& p, DType dtype, const float* scale, const int32_t* zero_point,
                      const Quantization& q, Axis axis) {
   AffineJob job{};
   job.dtype = dtype;
@@ -62,8 +67,8 @@ AffineJob affine_job(const Prepared& p, DType dtype, const Tensor& scale, const 
   job.output = p.output.mutable_data_ptr();
   job.mask = static_cast<uint8_t*>(p.mask.mutable_data_ptr());
   job.view = view_around(p.source, p.layout, axis);
-  job.scale = static_cast<const float*>(scale.const_data_ptr());
-  job.zero_point = static_cast<const int32_t*>(zero_point.const_data_ptr());
+  job.scale = scale;
+  job.zero_point = zero_point;
   job.quant_min = static_cast<int32_t>(q.quant_min);
   job.quant_max = static_cast<int32_t>(q.quant_max);
   job.low = q.low;
@@ -78,8 +83,38 @@ Prepared fake_quantize_into(const char* op, const Tensor& input, const Tensor& s
   const Prepared p = prepare(input, in_place);
   const Tensor dense_scale = in_layout(scale, Layout::kContiguous);
   const Tensor dense_zero_point = in_layout(zero_point, Layout::kContiguous);
-  Backend::run(affine_job(p, dtype, dense_scale, dense_zero_point, q, axis), input);
+  Backend::run(affine_job(p, dtype, scale_pointer(dense_scale), zero_point_pointer(dense_zero_point), q, axis), input);
   return p;
+}
+
+template <class Backend>
+Prepared fake_quantize_into(const char* op, const Tensor& input, double scale, int64_t zero_point,
+                            const Quantization& q, bool in_place) {
+  const DType dtype = check_floating(op, "input", input);
+  check_grid(op, q.quant_min, q.quant_max, q.low, q.high);
+  check_numbers(op, scale, zero_point, q.quant_min, q.quant_max);
+  const Prepared p = prepare(input, in_place);
+  const typename Backend::Parameters parameters(scale, zero_point, input);
+  Backend::run(affine_job(p, dtype, parameters.scale_pointer(), parameters.zero_point_pointer(), q, std::nullopt),
+               input);
+  return p;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fake_quantize_number(Tensor input, double scale, int64_t zero_point, int64_t quant_min,
+                                                int64_t quant_max, double low, double high) {
+  const Prepared p =
+      fake_quantize_into<Backend>("fake_quantize", input, scale, zero_point, {quant_min, quant_max, low, high}, false);
+  return {p.output, p.mask};
+}
+
+template <class Backend>
+Tensor fake_quantize_number_(Tensor input, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max,
+                             double low, double high) {
+  const Prepared p =
+      fake_quantize_into<Backend>("fake_quantize_", input, scale, zero_point, {quant_min, quant_max, low, high}, true);
+  write_back(p, input);
+  return p.mask;
 }
 
 template <class Backend>
@@ -139,7 +174,7 @@ Prepared observe_into(const char* op, const Tensor& input, const ObserverState& 
   const DType dtype = check_observe(op, input, state, q, o, axis);
   const Prepared p = prepare(input, in_place);
   ObserveJob job{};
-  job.affine = affine_job(p, dtype, state.scale, state.zero_point, q, axis);
+  job.affine = affine_job(p, dtype, scale_pointer(state.scale), zero_point_pointer(state.zero_point), q, axis);
   job.range = static_cast<float*>(state.range.mutable_data_ptr());
   job.scale = static_cast<float*>(state.scale.mutable_data_ptr());
   job.zero_point = static_cast<int32_t*>(state.zero_point.mutable_data_ptr());
@@ -231,6 +266,8 @@ template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Backend>));
   m.impl("fake_quantize_", TORCH_BOX(&fake_quantize_<Backend>));
+  m.impl("fake_quantize.number", TORCH_BOX(&fake_quantize_number<Backend>));
+  m.impl("fake_quantize_.number", TORCH_BOX(&fake_quantize_number_<Backend>));
   m.impl("observe_fake_quantize", TORCH_BOX(&observe_fake_quantize<Backend>));
   m.impl("observe_fake_quantize_", TORCH_BOX(&observe_fake_quantize_<Backend>));
   m.impl("straight_through", TORCH_BOX(&straight_through<Backend>));
@@ -240,5 +277,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
+#if defined(QUANTKERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
+#endif
 
 }  // namespace qk::ops

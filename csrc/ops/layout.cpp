@@ -3,42 +3,43 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <numeric>
+#include <array>
+#include <stdexcept>
 
 namespace qk::ops {
 namespace {
 
-// Dimensions from the outermost to the innermost in memory.
-std::vector<int64_t> memory_order(int64_t dims, Layout layout) {
-  std::vector<int64_t> order(static_cast<size_t>(dims));
-  std::iota(order.begin(), order.end(), int64_t{0});
-  if (layout != Layout::kContiguous) {
-    order.erase(order.begin() + 1);
-    order.push_back(1);
-  }
-  return order;
+// The dimension at place `place` from the outermost in memory.
+int64_t dimension_at(int64_t place, int64_t dims, Layout layout) {
+  if (layout == Layout::kContiguous || place == 0) return place;
+  return place == dims - 1 ? 1 : place + 1;
 }
 
 bool is_dense(const Tensor& tensor, Layout layout) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
-  const std::vector<int64_t> order = memory_order(tensor.dim(), layout);
+  const int64_t dims = tensor.dim();
   int64_t expected = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    const size_t d = static_cast<size_t>(order[i]);
+  for (int64_t place = dims; place-- > 0;) {
+    const size_t d = static_cast<size_t>(dimension_at(place, dims, layout));
     if (sizes[d] != 1 && strides[d] != expected) return false;
     expected *= sizes[d];
   }
   return true;
 }
 
-std::vector<int64_t> dense_strides(const Tensor& tensor, Layout layout) {
+// As many as torch's TensorIterator takes.
+constexpr int64_t kMostDimensions = 64;
+using Strides = std::array<int64_t, kMostDimensions>;
+
+Strides dense_strides(const Tensor& tensor, Layout layout) {
   const auto sizes = tensor.sizes();
-  const std::vector<int64_t> order = memory_order(tensor.dim(), layout);
-  std::vector<int64_t> strides(order.size());
+  const int64_t dims = tensor.dim();
+  if (dims > kMostDimensions) throw std::runtime_error("quantkernels: expected at most 64 dimensions");
+  Strides strides;
   int64_t stride = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    const size_t d = static_cast<size_t>(order[i]);
+  for (int64_t place = dims; place-- > 0;) {
+    const size_t d = static_cast<size_t>(dimension_at(place, dims, layout));
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
@@ -79,7 +80,7 @@ Tensor in_layout(const Tensor& tensor, Layout layout) {
 }
 
 Tensor empty_in_layout(const Tensor& like, Layout layout) {
-  const std::vector<int64_t> strides = dense_strides(like, layout);
+  const Strides strides = dense_strides(like, layout);
   return empty_strided(like, like.sizes().data(), strides.data(), like.dim(), dtype_of(like));
 }
 
@@ -99,7 +100,8 @@ ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64
   ChannelView view = {1, 1, 1};
   const auto sizes = tensor.sizes();
   int64_t* factor = &view.outer;
-  for (const int64_t d : memory_order(tensor.dim(), layout)) {
+  for (int64_t place = 0; place < tensor.dim(); ++place) {
+    const int64_t d = dimension_at(place, tensor.dim(), layout);
     const int64_t size = sizes[static_cast<size_t>(d)];
     if (d == *axis) {
       view.channels = size;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "backend.h"
@@ -27,6 +28,13 @@ std::string build_info() {
 }
 
 }  // namespace
+
+#if defined(QUANTKERNELS_WITH_CUDA)
+void Cuda::check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("quantkernels: CUDA error: ") + cudaGetErrorString(error));
+}
+#endif
 
 void Cpu::parallel_for(int64_t begin, int64_t end, int64_t grain, cpu::ParallelBody body, void* context) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
