@@ -31,7 +31,7 @@ class Mode:
 QUICK = Mode(
     "quick",
     kernels=Effort(rounds=9, fewest_rounds=3, seconds=0.3),
-    training=Effort(rounds=7, fewest_rounds=5, seconds=4.0),
+    training=Effort(rounds=7, fewest_rounds=3, seconds=2.5),
     tiers=Effort(rounds=9, fewest_rounds=9, seconds=1.0),
     tier_sizes=(2**20, 2**22),
 )
@@ -66,7 +66,7 @@ def _build(name: str, setting: Setting) -> Build:
 
 _QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
     "fake_quantize forward": {14: (ATEN,), 16: (ATEN,), 18: (ATEN,), 20: (ATEN,), 22: (), 24: ()},
-    "fake_quantize": {12: (ATEN, COMPILED), 16: (ATEN, COMPILED), 20: (ATEN, COMPILED, EAGER), 22: (ATEN,)},
+    "fake_quantize": {12: (ATEN, COMPILED), 16: (ATEN,), 20: (ATEN, COMPILED, EAGER), 22: (ATEN,)},
     "observe_fake_quantize": {16: (AO,), 20: (AO, EAGER), 22: (AO,)},
     "relu6 + observe_fake_quantize": {20: (AO,)},
     "fake_quantize per channel": {20: (ATEN,)},
