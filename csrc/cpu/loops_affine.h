@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../numerics/affine.h"
+#include "../numerics/channel.h"
 #include "dispatch.h"
 #include "kernels.h"
 
@@ -43,16 +43,10 @@ void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const Affi
   }
 }
 
+// The channel's grid, with the division in place of the reciprocal where that would be slow.
 template <class T>
-AffineGrid<T> channel_grid(const AffineJob& job, int64_t channel) {
-  const T low = static_cast<T>(job.low);
-  const T high = static_cast<T>(job.high);
-  const float* range = job.range;
-  const bool unknown = range != nullptr && !is_observed({range[channel], range[job.view.channels + channel]});
-  const bool delayed = job.step != nullptr && *job.step < job.quant_start_step;
-  if (delayed || unknown) return make_pass_through(low, high);
-  AffineGrid<T> grid =
-      make_affine(job.scale[channel], job.zero_point[channel], job.quant_min, job.quant_max, low, high);
+AffineGrid<T> tier_grid(const AffineJob& job, int64_t channel) {
+  AffineGrid<T> grid = channel_grid<T>(job, channel);
   if (!kHasFusedMultiplyAdd<T> && grid.mode == AffineMode::kReciprocal) grid.mode = AffineMode::kDivide;
   return grid;
 }
@@ -65,11 +59,11 @@ class ChannelGrids {
     const int64_t visits = (end - begin) / job.view.inner;
     if (job.view.channels > 1 && visits > job.view.channels) {
       table_.reserve(static_cast<size_t>(job.view.channels));
-      for (int64_t c = 0; c < job.view.channels; ++c) table_.push_back(channel_grid<T>(job, c));
+      for (int64_t c = 0; c < job.view.channels; ++c) table_.push_back(tier_grid<T>(job, c));
     }
   }
   AffineGrid<T> operator[](int64_t channel) const {
-    return table_.empty() ? channel_grid<T>(job_, channel) : table_[static_cast<size_t>(channel)];
+    return table_.empty() ? tier_grid<T>(job_, channel) : table_[static_cast<size_t>(channel)];
   }
 
  private:
@@ -151,7 +145,7 @@ class PeriodicConstants {
     const size_t length = static_cast<size_t>(period_ + kLanes);
     for (std::vector<T>& row : rows_) row.resize(length);
     for (int64_t c = 0, at = 0; c < job.view.channels; ++c) {
-      const AffineGrid<T> grid = channel_grid<T>(job, c);
+      const AffineGrid<T> grid = tier_grid<T>(job, c);
       has_divide_ |= grid.mode == AffineMode::kDivide;
       has_pass_through_ |= grid.mode == AffineMode::kPassThrough;
       for (int64_t i = 0; i < job.view.inner; ++i) set(at++, grid.constants);
@@ -182,34 +176,78 @@ class PeriodicConstants {
   bool has_pass_through_ = false;
 };
 
-template <AffineMode mode, class S, class T>
-void quantize_periodic(const AffineJob& job, int64_t begin, int64_t end, const PeriodicConstants<T>& constants) {
-  const S* x = static_cast<const S*>(job.input);
-  S* y = static_cast<S*>(job.output);
-  const int64_t period = constants.period();
-  const int64_t advance = kLanes % period;
-  int64_t phase = begin % period;
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const AffineConstants<Vector<T>> c = constants.load(phase);
-    const Vector<T> value = Vector<T>::load(x + i);
-    const LaneBits bits = gradient_passes(value, c);
-    fake_quantize_element<mode>(value, c).store(y + i);
-    std::memcpy(job.mask + i / 8, &bits, sizeof(bits));
-    phase += advance;
-    if (phase >= period) phase -= period;
+template <AffineMode mode, class S>
+class PeriodicWalk {
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
+
+ public:
+  PeriodicWalk(const AffineJob& job, const PeriodicConstants<T>& constants)
+      : x_(static_cast<const S*>(job.input)),
+        y_(static_cast<S*>(job.output)),
+        mask_(job.mask),
+        constants_(constants),
+        period_(constants.period()) {}
+
+  void run(int64_t begin, int64_t end) const {
+    if (period_ % kLanes != 0) return along(begin, end);
+    const int64_t first_row = (begin + period_ - 1) / period_;
+    const int64_t last_row = end / period_;
+    if (first_row >= last_row) return along(begin, end);
+    along(begin, first_row * period_);
+    const int64_t rows = std::max<int64_t>(kTileElements / period_, 1);
+    for (int64_t row = first_row; row < last_row; row += rows) tile(row, std::min(row + rows, last_row));
+    along(last_row * period_, end);
   }
-  if (i == end) return;
-  S in[kLanes] = {};
-  S out[kLanes];
-  std::copy(x + i, x + end, in);
-  const AffineConstants<Vector<T>> c = constants.load(phase);
-  const Vector<T> value = Vector<T>::load(in);
-  fake_quantize_element<mode>(value, c).store(out);
-  std::copy_n(out, end - i, y + i);
-  const LaneBits bits = gradient_passes(value, c) & static_cast<LaneBits>((1u << (end - i)) - 1);
-  std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
-}
+
+ private:
+  // A tile stays in the first-level cache while its columns are walked one after another.
+  static constexpr int64_t kTileElements = 2048;
+
+  QK_INLINE void vector_at(int64_t i, const AffineConstants<V>& c) const {
+    const V value = V::load(x_ + i);
+    const LaneBits bits = gradient_passes(value, c);
+    fake_quantize_element<mode>(value, c).store(y_ + i);
+    std::memcpy(mask_ + i / 8, &bits, sizeof(bits));
+  }
+
+  // Column by column, so that a column's constants are loaded once for all rows.
+  void tile(int64_t first_row, int64_t last_row) const {
+    for (int64_t column = 0; column < period_; column += kLanes) {
+      const AffineConstants<V> c = constants_.load(column);
+      for (int64_t row = first_row; row < last_row; ++row) vector_at(row * period_ + column, c);
+    }
+  }
+
+  void along(int64_t begin, int64_t end) const {
+    const int64_t advance = kLanes % period_;
+    int64_t phase = begin % period_;
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      vector_at(i, constants_.load(phase));
+      phase += advance;
+      if (phase >= period_) phase -= period_;
+    }
+    if (i < end) last_vector(i, end, constants_.load(phase));
+  }
+
+  void last_vector(int64_t begin, int64_t end, const AffineConstants<V>& c) const {
+    S in[kLanes] = {};
+    S out[kLanes];
+    std::copy(x_ + begin, x_ + end, in);
+    const V value = V::load(in);
+    fake_quantize_element<mode>(value, c).store(out);
+    std::copy_n(out, end - begin, y_ + begin);
+    const LaneBits bits = gradient_passes(value, c) & static_cast<LaneBits>((1u << (end - begin)) - 1);
+    std::memcpy(mask_ + begin / 8, &bits, static_cast<size_t>((end - begin + 7) / 8));
+  }
+
+  const S* x_;
+  S* y_;
+  uint8_t* mask_;
+  const PeriodicConstants<T>& constants_;
+  int64_t period_;
+};
 
 template <class S>
 void fake_quantize_typed(const AffineJob& job, int64_t begin, int64_t end) {
@@ -218,8 +256,8 @@ void fake_quantize_typed(const AffineJob& job, int64_t begin, int64_t end) {
     const PeriodicConstants<T> constants(job);
     if (!constants.has_pass_through()) {
       // Dividing is right for every channel.
-      if (constants.has_divide()) return quantize_periodic<AffineMode::kDivide, S>(job, begin, end, constants);
-      return quantize_periodic<AffineMode::kReciprocal, S>(job, begin, end, constants);
+      if (constants.has_divide()) return PeriodicWalk<AffineMode::kDivide, S>(job, constants).run(begin, end);
+      return PeriodicWalk<AffineMode::kReciprocal, S>(job, constants).run(begin, end);
     }
   }
   SegmentWalk<S>(job, begin, end).run();

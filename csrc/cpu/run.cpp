@@ -6,7 +6,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "../numerics/affine.h"
+#include "../numerics/channel.h"
 #include "../numerics/half.h"
 #include "kernels.h"
 
@@ -163,21 +163,9 @@ ChannelExtrema<T> reduce_extrema(DType dtype, const void* input, ChannelView vie
 template <class T>
 void observe(const ObserveJob& job, ParallelFor parallel_for) {
   const AffineJob& affine = job.affine;
-  const int64_t channels = affine.view.channels;
   const ChannelExtrema<T> current = reduce_extrema<T>(affine.dtype, affine.input, affine.view, parallel_for);
-  for (int64_t c = 0; c < channels; ++c) {
-    const T low = static_cast<T>(affine.low);
-    const T high = static_cast<T>(affine.high);
-    const Range seen = {static_cast<float>(clamp(current.min[static_cast<size_t>(c)], low, high)),
-                        static_cast<float>(clamp(current.max[static_cast<size_t>(c)], low, high))};
-    const Range range = update_range({job.range[c], job.range[channels + c]}, seen, job.momentum);
-    job.range[c] = range.min;
-    job.range[channels + c] = range.max;
-    if (!is_observed(range)) continue;
-    const QuantizationParameters parameters =
-        choose_parameters(range.min, range.max, affine.quant_min, affine.quant_max, job.symmetric);
-    job.scale[c] = parameters.scale;
-    job.zero_point[c] = parameters.zero_point;
+  for (int64_t c = 0; c < affine.view.channels; ++c) {
+    observe_channel<T>(job, c, current.min[static_cast<size_t>(c)], current.max[static_cast<size_t>(c)]);
   }
 }
 

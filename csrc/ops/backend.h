@@ -38,6 +38,22 @@ struct Cpu {
 
 #if defined(QUANTKERNELS_WITH_CUDA)
 struct Cuda {
+  // Filled by kernels on the current stream: nothing waits.
+  class Parameters {
+   public:
+    Parameters(double scale, int64_t zero_point, const Tensor& like)
+        : scale_(torch::stable::new_empty(like, {1}, torch::headeronly::ScalarType::Float)),
+          zero_point_(torch::stable::new_empty(like, {1}, torch::headeronly::ScalarType::Int)) {
+      torch::stable::fill_(scale_, scale);
+      torch::stable::fill_(zero_point_, static_cast<double>(zero_point));
+    }
+    const float* scale_pointer() const { return static_cast<const float*>(scale_.const_data_ptr()); }
+    const int32_t* zero_point_pointer() const { return static_cast<const int32_t*>(zero_point_.const_data_ptr()); }
+
+   private:
+    Tensor scale_, zero_point_;
+  };
+
   // Throws std::runtime_error with CUDA's description.
   static void check(cudaError_t error);
 
