@@ -35,6 +35,16 @@ _SMALLEST_SCALE = 2.0**-126
 
 _raw: Any = torch.ops.quantkernels
 
+# Operators are looked up once: the lookup by name costs as much as a small tensor's kernel. _MASKED holds the raw
+# quantizers that return (output, mask), and the same in place, which return the mask alone.
+_RAW_STRAIGHT_THROUGH: Any = _raw.straight_through.default
+_MASKED: dict[str, tuple[Any, Any]] = {
+    "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
+    "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
+    "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
+    "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
+}
+
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -103,7 +113,7 @@ def qparams(
 def _straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     if _needs_grad(grad_output):
         return _apply(_StraightThrough, grad_output, mask, memory_format)
-    grad_input: Tensor = _raw.straight_through(grad_output, mask, memory_format)
+    grad_input: Tensor = _RAW_STRAIGHT_THROUGH(grad_output, mask, memory_format)
     return grad_input
 
 
@@ -114,7 +124,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format
-        grad_input: Tensor = _raw.straight_through(grad_output, mask, memory_format)
+        grad_input: Tensor = _RAW_STRAIGHT_THROUGH(grad_output, mask, memory_format)
         return grad_input
 
     @staticmethod
@@ -123,21 +133,14 @@ class _StraightThrough(torch.autograd.Function):
         return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None
 
 
-# Raw quantizers that return (output, mask), and the same in place, returning the mask alone. Looked up once: the lookup
-# by name costs as much as a small tensor's kernel.
-_MASKED: dict[str, tuple[Any, Any]] = {
-    "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
-    "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
-    "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
-    "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
-}
-
-
 class _Masked(torch.autograd.Function):
-    """Runs a raw quantizer, in place or not, whose gradient is the incoming one under the mask it returns."""
+    """Runs a raw quantizer, in place or not, whose gradient is the incoming one under the mask it returns.
+
+    ``arguments`` are those of the raw operator after the input, as one tuple: apply takes its time for each.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, name: str, inplace: bool, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
         if inplace:
             output, mask = input, _MASKED[name][1](input, *arguments)
             ctx.mark_dirty(input)
@@ -148,15 +151,14 @@ class _Masked(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         (mask,) = ctx.saved_tensors
-        grad_input = _straight_through(grad_outputs[0], mask, ctx.memory_format)
-        return grad_input, *(None,) * (len(ctx.needs_input_grad) - 1)
+        return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
 
 
 def _masked(name: str, input: Tensor, inplace: bool, *arguments: Any) -> Tensor:
-    if input.requires_grad and torch.is_grad_enabled():
-        return _apply(_Masked, input, name, inplace, *arguments)
+    if _needs_grad(input):
+        return _apply(_Masked, input, name, inplace, arguments)
     if inplace:
         _MASKED[name][1](input, *arguments)
         return input
