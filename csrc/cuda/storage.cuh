@@ -1,0 +1,208 @@
+// Owns the step between storage and arithmetic: dispatch on the dtype, conversion of one element, packs of elements
+// with their mask bits, and the loop over packs that every elementwise kernel is.
+#pragma once
+
+#include <type_traits>
+
+#include "../jobs.h"
+#include "../numerics/half.h"
+#include "vector_io.cuh"
+
+namespace qk::cuda {
+
+constexpr int kBlockThreads = 256;
+// Registers of a thread of an elementwise kernel on storage type S: with 40 a multiprocessor holds 1536 threads. The
+// division of float64 alone needs more than that leaves; 1024 threads with whole packs in flight are enough there.
+template <class S>
+constexpr int kMaxRegisters = std::is_same_v<S, double> ? 64 : 40;
+
+template <class S>
+using Compute = typename ComputeType<S>::type;
+
+// Calls f(S{}) with the storage type of `dtype`.
+template <class F>
+auto dispatch_storage(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat16:
+      return f(Half{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+// The conversions of numerics/half.h, by the hardware's instructions where there are any: the widening ones are exact,
+// the narrowing ones round to nearest even (PTX ISA, cvt).
+template <class S>
+__device__ __forceinline__ Compute<S> widen(S x) {
+  return to_float(x);
+}
+template <class S>
+__device__ __forceinline__ S narrow(Compute<S> x) {
+  return round_to<S, Compute<S>>(x);
+}
+#if defined(__CUDA_ARCH__)
+template <>
+__device__ __forceinline__ float widen<Half>(Half x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+template <>
+__device__ __forceinline__ Half narrow<Half>(float x) {
+  Half half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+  return half;
+}
+#if __CUDA_ARCH__ >= 800
+template <>
+__device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
+  BFloat16 half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+  return half;
+}
+#endif
+#endif
+
+// A pack is what a thread handles at a time: two 16-byte accesses and more in flight, and whole bytes of the mask.
+template <class S>
+constexpr int kPackElements = sizeof(S) == 2 ? 16 : 8;
+
+template <class S>
+using Pack = Vector<S, kPackElements<S>>;
+
+template <class S>
+int64_t pack_count(int64_t numel) {
+  return (numel + kPackElements<S> - 1) / kPackElements<S>;
+}
+
+template <class S>
+bool is_pack_aligned(const void* pointer) {
+  return is_aligned<S, kPackElements<S>>(static_cast<const S*>(pointer));
+}
+inline bool is_mask_aligned(const uint8_t* mask) { return reinterpret_cast<uintptr_t>(mask) % sizeof(uint16_t) == 0; }
+
+// The mask of the N elements from `first` on, of which `count` exist: bit i is element first + i.
+template <int N, bool kAligned>
+__device__ __forceinline__ unsigned load_mask(const uint8_t* mask, int64_t first, int count) {
+  const uint8_t* from = mask + first / 8;
+  if (N == 16 && kAligned && count > 8) return *reinterpret_cast<const uint16_t*>(from);
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    if (count > 8 * i) bits |= static_cast<unsigned>(from[i]) << (8 * i);
+  }
+  return bits;
+}
+
+// The bits beyond the last element are stored as zeros.
+template <int N, bool kAligned>
+__device__ __forceinline__ void store_mask(uint8_t* mask, int64_t first, int count, unsigned bits) {
+  uint8_t* to = mask + first / 8;
+  bits &= (1u << count) - 1;
+  if (N == 16 && kAligned && count > 8) {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(bits);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    if (count > 8 * i) to[i] = static_cast<uint8_t>(bits >> (8 * i));
+  }
+}
+
+// One pack of a quantizer with a mask: y = quantize(x, passes) for each element. A pack is worked on in chunks of
+// kChunk elements, which bound the registers.
+template <int kChunk, bool kAligned, class S, class Quantize>
+__device__ __forceinline__ void quantize_pack(const S* input, S* output, uint8_t* mask, int64_t first, int64_t numel,
+                                              const Quantize& quantize) {
+  constexpr int N = kPackElements<S>;
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int at = 0; at < N; at += kChunk) {
+    Vector<S, kChunk> chunk = load_vector<kChunk, kAligned>(input, first + at, numel);
+    unsigned chunk_bits = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      bool passes;
+      chunk[i] = narrow<S>(quantize(widen(chunk[i]), passes));
+      chunk_bits |= static_cast<unsigned>(passes) << i;
+    }
+    bits |= chunk_bits << at;
+    store_vector<kChunk, kAligned>(output, first + at, numel, chunk);
+  }
+  store_mask<N, kAligned>(mask, first, elements_left<N>(first, numel), bits);
+}
+
+// Chunks of one 16-byte access; without alignment there is none, and smaller chunks save registers.
+template <class S, bool kAligned>
+constexpr int kChunkElements = kAligned ? kAccessElements<S> : 2;
+
+// body(first element of a pack) for the packs of this thread.
+template <class S, class Body>
+__device__ __forceinline__ void for_each_pack(int64_t numel, const Body& body) {
+  const int64_t stride = int64_t{gridDim.x} * kBlockThreads * kPackElements<S>;
+  int64_t first = (int64_t{blockIdx.x} * kBlockThreads + threadIdx.x) * kPackElements<S>;
+  for (; first < numel; first += stride) body(first);
+}
+
+// Runs an operation that needs nothing but its members: operation(first) computes one pack of Operation::Storage.
+template <class Operation>
+__global__ void __maxnreg__(Operation::kRegisters) pack_kernel(Operation operation, int64_t numel) {
+  for_each_pack<typename Operation::Storage>(numel, operation);
+}
+
+// One launch of kernel(arguments...) with a thread for each pack of `numel` > 0 elements, at most a full device of
+// them.
+template <class S, class... Parameters>
+cudaError_t launch_over_packs(int64_t numel, Stream stream, void (*kernel)(Parameters...),
+                              typename Parameter<Parameters>::type... arguments) {
+  unsigned blocks = 0;
+  const cudaError_t error = grid_stride_blocks(kernel, kBlockThreads, pack_count<S>(numel), &blocks);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, blocks, kBlockThreads, stream, arguments...);
+}
+
+template <class Operation>
+cudaError_t launch_packs(const Operation& operation, int64_t numel, Stream stream) {
+  if (numel == 0) return cudaSuccess;
+  return launch_over_packs<typename Operation::Storage>(numel, stream, pack_kernel<Operation>, operation, numel);
+}
+
+template <class T>
+__global__ void advance_kernel(T* counter) {
+  ++*counter;
+}
+
+// For jobs that have nothing else to launch.
+inline cudaError_t launch_advance(int64_t* counter, Stream stream) {
+  return launch(advance_kernel<int64_t>, 1, 1, stream, counter);
+}
+
+// f(std::true_type) or f(std::false_type).
+template <class F>
+cudaError_t dispatch_bool(bool value, const F& f) {
+  return value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// Lays arrays out in a workspace, one after the other; with a null workspace it only counts the bytes.
+class WorkspaceLayout {
+ public:
+  explicit WorkspaceLayout(void* workspace) : base_(reinterpret_cast<uintptr_t>(workspace)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const array = reinterpret_cast<T*>(base_ + bytes_);
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
+    return array;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uintptr_t base_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace qk::cuda

@@ -1,0 +1,122 @@
+// Owns the Python module `bindings`: the launchers of csrc/cuda on host memory, under the emulator. Pointers are
+// integers.
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "cuda/affine.cu"
+#include "cuda/dorefa.cu"
+#include "cuda/extrema.cu"
+#include "cuda/observe.cu"
+
+namespace py = pybind11;
+
+namespace qk::simt {
+namespace {
+
+using Pointer = uintptr_t;
+using View = std::array<int64_t, 3>;
+
+template <class T>
+T* as(Pointer pointer) {
+  return reinterpret_cast<T*>(pointer);
+}
+
+// A workspace of exactly the size asked for, of arbitrary content.
+template <class Job>
+void run_job(const Job& job) {
+  std::vector<uint64_t> workspace((cuda::workspace_bytes(job) + 15) / 16 * 2, 0xa5a5a5a5a5a5a5a5);
+  check(cuda::run(job, workspace.data(), nullptr));
+}
+
+AffineJob affine_job(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer scale,
+                     Pointer zero_point, int quant_min, int quant_max, double low, double high) {
+  AffineJob job{};
+  job.dtype = static_cast<DType>(dtype);
+  job.input = as<void>(input);
+  job.output = as<void>(output);
+  job.mask = as<uint8_t>(mask);
+  job.view = {view[0], view[1], view[2]};
+  job.scale = as<float>(scale);
+  job.zero_point = as<int32_t>(zero_point);
+  job.quant_min = quant_min;
+  job.quant_max = quant_max;
+  job.low = low;
+  job.high = high;
+  return job;
+}
+
+void fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer scale, Pointer zero_point,
+                   int quant_min, int quant_max, double low, double high) {
+  run_job(affine_job(dtype, input, output, mask, view, scale, zero_point, quant_min, quant_max, low, high));
+}
+
+void observe_fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer range,
+                           Pointer scale, Pointer zero_point, Pointer step, int quant_min, int quant_max,
+                           bool symmetric, double momentum, int64_t quant_start_step, bool observe, bool advance_step,
+                           double low, double high) {
+  ObserveJob job{};
+  job.affine = affine_job(dtype, input, output, mask, view, scale, zero_point, quant_min, quant_max, low, high);
+  job.range = as<float>(range);
+  job.scale = as<float>(scale);
+  job.zero_point = as<int32_t>(zero_point);
+  job.step = as<int64_t>(step);
+  job.affine.range = job.range;
+  job.affine.step = job.step;
+  job.affine.quant_start_step = quant_start_step;
+  job.momentum = static_cast<float>(momentum);
+  job.symmetric = symmetric;
+  job.observe = observe;
+  job.advance_step = advance_step;
+  run_job(job);
+}
+
+void straight_through(int64_t element_size, Pointer grad_output, Pointer mask, Pointer grad_input, int64_t numel) {
+  run_job(StraightThroughJob{element_size, as<void>(grad_output), as<uint8_t>(mask), as<void>(grad_input), numel});
+}
+
+void min_max(int dtype, Pointer input, View view, Pointer min, Pointer max) {
+  run_job(ExtremaJob{
+      static_cast<DType>(dtype), as<void>(input), {view[0], view[1], view[2]}, as<void>(min), as<void>(max)});
+}
+
+void dorefa_weight(int dtype, Pointer input, Pointer output, Pointer statistic, int64_t numel, int bits) {
+  run_job(
+      DoReFaWeightJob{static_cast<DType>(dtype), as<void>(input), as<void>(output), as<void>(statistic), numel, bits});
+}
+
+void dorefa_weight_backward(int dtype, Pointer grad_output, Pointer weight, Pointer statistic, Pointer grad_input,
+                            int64_t numel) {
+  run_job(DoReFaWeightGradientJob{static_cast<DType>(dtype), as<void>(grad_output), as<void>(weight),
+                                  as<void>(statistic), as<void>(grad_input), numel});
+}
+
+void dorefa_activation(int dtype, Pointer input, Pointer output, Pointer mask, int64_t numel, int bits) {
+  run_job(DoReFaActivationJob{static_cast<DType>(dtype), as<void>(input), as<void>(output), as<uint8_t>(mask), numel,
+                              bits});
+}
+
+void dorefa_gradient(int dtype, Pointer grad_output, Pointer grad_input, int64_t samples, int64_t inner, int bits,
+                     Pointer rng_state) {
+  run_job(DoReFaGradientJob{static_cast<DType>(dtype), as<void>(grad_output), as<void>(grad_input), samples, inner,
+                            bits, as<int64_t>(rng_state)});
+}
+
+}  // namespace
+}  // namespace qk::simt
+
+PYBIND11_MODULE(bindings, module) {
+  using namespace qk::simt;
+  bind_emulator(module);
+  module.def("fake_quantize", &fake_quantize);
+  module.def("observe_fake_quantize", &observe_fake_quantize);
+  module.def("straight_through", &straight_through);
+  module.def("min_max", &min_max);
+  module.def("dorefa_weight", &dorefa_weight);
+  module.def("dorefa_weight_backward", &dorefa_weight_backward);
+  module.def("dorefa_activation", &dorefa_activation);
+  module.def("dorefa_gradient", &dorefa_gradient);
+}
