@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import ModuleType
 
+import cases
 import pytest
+import torch
 from simt import toolchain
 from simt.operators import EmulatedOperators
 from test_functional import (  # noqa: F401  collected here once more, on the emulated operators
+    assert_matches_reference,
+    assert_same_bits,
+    observe_twins,
     test_dorefa_activation,
     test_dorefa_gradient,
     test_dorefa_gradient_noise_follows_the_logical_index,
@@ -35,7 +40,7 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_unobserved_evaluation_passes_the_input,
 )
 
-from quantkernels import functional
+from quantkernels import functional, reference
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +57,76 @@ def emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setattr(functional, "_raw", EmulatedOperators(kernels))
     yield
     kernels.configure()
+
+
+# Host code decides by size and alignment: one cooperative launch while a sweep of the emulated device's grid covers the
+# tensor, two launches beyond; with 2 x 2 blocks of 256 threads that is 8192 elements of float32.
+ORDERS = (("forward", 1), ("reverse", 2), ("random", 3))
+
+
+@pytest.mark.parametrize(("order", "concurrent_blocks"), ORDERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_order_gives_the_same(kernels: ModuleType, order: str, concurrent_blocks: int, seed: int) -> None:
+    for blocks in (1, 2):
+        kernels.configure(order, seed, concurrent_blocks, 2, blocks)
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape, axis in (
+                ((30_011,), None),
+                ((5000,), None),
+                ((40, 3, 200), 1),
+                ((9000, 3), 1),
+                ((3, 20_000), 0),
+            ):
+                steps = [cases.sample(shape, dtype, seed=s).nan_to_num(0.5, 2.0, -2.0) for s in range(2)]
+                channels = None if axis is None else shape[axis]
+                observe_twins(steps, channels, axis=axis)
+                for actual, expected in zip(
+                    functional.min_max(steps[0], axis), reference.min_max(steps[0], axis), strict=True
+                ):
+                    assert_same_bits(actual, expected)
+        test_dorefa_gradient(3, torch.float32)
+        test_dorefa_weight(3, torch.float32)
+
+
+def test_results_do_not_depend_on_the_grid(kernels: ModuleType) -> None:
+    weight = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
+    results = []
+    for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
+        kernels.configure(order, 1, blocks, 2, blocks)
+        outputs = []
+        for bits in (1, 4):
+            leaf = weight.clone().requires_grad_()
+            y = functional.dorefa_weight(leaf, bits)
+            y.backward(weight.cos())
+            assert leaf.grad is not None
+            outputs += [y.detach(), leaf.grad]
+        results.append(outputs)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_more_channels_than_a_block_has_threads() -> None:
+    for shape, axis in (((700, 9), 0), ((4, 300, 7), 1), ((5, 1000), 1)):
+        scale, zero_point = cases.channel_parameters(shape[axis], 0, 15)
+        for dtype in cases.DTYPES:
+            assert_matches_reference("fake_quantize", cases.sample(shape, dtype), scale, zero_point, 0, 15, axis)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flavour", "arguments"),
+    [
+        pytest.param(toolchain.ADDRESS, ("all", "forward", "1"), id="address-forward"),
+        pytest.param(toolchain.ADDRESS, ("all", "random", "3"), id="address-random"),
+        pytest.param(toolchain.INITCHECK, ("all", "random", "3"), id="initcheck"),
+        pytest.param(toolchain.THREAD, ("synchronising", "forward", "3"), id="thread"),
+    ],
+)
+def test_no_detector_finds_anything(flavour: toolchain.Flavour, arguments: tuple[str, ...]) -> None:
+    reason = toolchain.missing_runtime(flavour)
+    if reason is not None:
+        pytest.skip(reason)
+    program = toolchain.build_executable(toolchain.SIMT / "kernels_sweep.cpp", flavour)
+    result = toolchain.run(program, *arguments, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "ok\n"
