@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo dorefa test bench lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -14,10 +14,15 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 demo: $(VENV)/.installed-demo quantkernels/_C.so
 	$(BIN)/python -m quantkernels.demo
 
+# Trains the W/A/G grid of DoReFa-Net on scikit-learn's digits; prints a table, draws dorefa_digits.png.
+dorefa: $(VENV)/.installed-examples quantkernels/_C.so
+	$(BIN)/python examples/dorefa_digits.py
+
 test: $(VENV)/.installed-dev quantkernels/_C.so
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-# BENCH_ARGS=--quick takes under two minutes.
+# The quick mode takes about two minutes; `make bench BENCH_ARGS=` measures the full grid, which takes about an hour.
+BENCH_ARGS ?= --quick
 bench: $(VENV)/.installed-bench quantkernels/_C.so
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
