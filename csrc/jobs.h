@@ -76,7 +76,8 @@ struct DoReFaWeightJob {
   int32_t bits;
 };
 
-// The exact derivative for two bits and more, from the weight and its statistic. grad_input serves as scratch in between.
+// The exact derivative for two bits and more, from the weight and its statistic. grad_input serves as scratch in
+// between.
 struct DoReFaWeightGradientJob {
   DType dtype;
   const void* grad_output;
