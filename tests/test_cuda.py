@@ -1,0 +1,185 @@
+"""The operators on a GPU: ``pytest --device cuda``. Skipped elsewhere, where test_cuda_emulated stands in.
+
+Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import pytest
+import torch
+from test_functional import (  # noqa: F401  collected here once more, with the operators on the GPU
+    assert_same_bits,
+    observer_state,
+    test_dorefa_activation,
+    test_dorefa_gradient,
+    test_dorefa_gradient_noise_follows_the_logical_index,
+    test_dorefa_gradient_shows_what_is_not_finite,
+    test_dorefa_weight,
+    test_dorefa_weight_of_zeros,
+    test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
+    test_dorefa_weight_shows_what_is_not_finite,
+    test_fake_quantize_layouts,
+    test_fake_quantize_next_to_ties,
+    test_fake_quantize_per_channel,
+    test_fake_quantize_per_channel_with_mixed_modes,
+    test_fake_quantize_random_scales_next_to_ties,
+    test_fake_quantize_sizes,
+    test_gradient_in_another_layout_than_the_input,
+    test_in_place,
+    test_in_place_on_strides_that_are_not_dense,
+    test_min_max_finds_a_nan_anywhere_and_no_other,
+    test_min_max_layouts,
+    test_min_max_per_channel,
+    test_observe_leaves_buffers_alone_in_evaluation,
+    test_observe_per_channel,
+    test_observe_sequences,
+    test_unobserved_evaluation_passes_the_input,
+)
+from torch import Tensor
+
+import quantkernels
+from quantkernels import functional, reference
+
+
+class OperatorsOnGpu:
+    """Stands in for ``torch.ops.quantkernels``: copies tensors to the GPU, results and mutated arguments back."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.quantkernels, name)
+
+        def call(*arguments: Any) -> Any:
+            copies = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+            results = operator(*copies)
+            for schema, argument, copy in zip(operator.default._schema.arguments, arguments, copies, strict=True):
+                if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
+                    argument.copy_(copy)
+            return tuple(r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
+
+        return call
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if device.type != "cuda":
+        pytest.skip("run with --device cuda")
+    if request.function.__module__ == "test_functional":
+        monkeypatch.setattr(functional, "_raw", OperatorsOnGpu())
+    yield
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("offset", range(9))
+def test_misaligned_pointers(dtype: torch.dtype, offset: int) -> None:
+    x = cases.sample(10_000, dtype)
+    y = functional.fake_quantize(x.cuda()[offset:], 0.1, 3, 0, 255)
+    assert_same_bits(y.cpu(), reference.fake_quantize(x[offset:], 0.1, 3, 0, 255))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    size = 2**31 + 17
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * size:
+        pytest.skip("not enough GPU memory")
+    x = torch.zeros(size, dtype=torch.float16, device="cuda")
+    x[-1] = 3.26
+    y = functional.fake_quantize(x, 0.1, 3, 0, 255)
+    assert y[-1].item() == pytest.approx(3.3, abs=1e-3)
+    assert functional.min_max(x)[1].item() == x[-1].item()
+    assert y[:-1].abs().max().item() == 0.0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """Observation, fake quantization and DoReFa's operators, forward and backward, on the GPU."""
+
+    state: dict[str, Tensor]
+    rng_state: Tensor
+    x: Tensor
+    weight: Tensor
+
+    def run(self) -> None:
+        leaf, weight = self.x.clone().requires_grad_(), self.weight.clone().requires_grad_()
+        y = functional.observe_fake_quantize(leaf, *self.state.values(), 0, 255, bounds=(0.0, 6.0))
+        y = functional.dorefa_gradient(y, self.rng_state, 4) * functional.dorefa_weight(weight, 4)
+        y.backward(torch.ones_like(y))
+        assert leaf.grad is not None
+        assert weight.grad is not None
+
+
+@pytest.fixture
+def step() -> TrainingStep:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(64, 1000, generator=generator).cuda() for _ in range(2))
+    state = {name: tensor.cuda() for name, tensor in observer_state(None).items()}
+    return TrainingStep(state, torch.tensor([1, 0]).cuda(), x, weight)
+
+
+def test_a_training_step_does_not_synchronise(step: TrainingStep) -> None:
+    step.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_on_the_current_stream() -> None:
+    x = torch.randn(100_000, device="cuda")
+    stream = torch.cuda.Stream()
+    expected = functional.fake_quantize(x, 0.1, 3, 0, 255)
+    late = torch.zeros_like(x)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # `late` is filled long after the launch below is enqueued
+        late.copy_(x)
+        y = functional.fake_quantize(late, 0.1, 3, 0, 255)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("size", [1000, 20_000_000], ids=["one cooperative launch", "two launches"])
+def test_graph_capture_and_replay(size: int) -> None:
+    x = torch.randn(size, device="cuda")
+    state = {name: tensor.cuda() for name, tensor in observer_state(None).items()}
+    twin = {name: tensor.clone() for name, tensor in state.items()}
+    rng_state, rng_twin = torch.tensor([1, 5], device="cuda"), torch.tensor([1, 5], device="cuda")
+
+    def run(state: dict[str, Tensor], rng_state: Tensor) -> tuple[Tensor, Tensor]:
+        y = functional.observe_fake_quantize(x, *state.values(), 0, 255)
+        return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4)
+
+    before = [tensor.clone() for tensor in (*state.values(), rng_state)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(state, rng_state)
+    for tensor, value in zip((*state.values(), rng_state), before, strict=True):
+        assert torch.equal(tensor, value)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        expected = run(twin, rng_twin)
+        for actual, value in zip((*captured, *state.values()), (*expected, *twin.values()), strict=True):
+            assert torch.equal(actual, value)
+    assert rng_state.tolist() == [1, 8]
+
+
+def test_two_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    x = torch.randn(1000, device="cuda:1")
+    with torch.cuda.device(0):
+        y = functional.fake_quantize(x, 0.1, 3, 0, 255)
+        with pytest.raises(RuntimeError, match="expected `scale` to be on cuda:1, but got cuda:0"):
+            functional.fake_quantize(x, torch.ones(1, device="cuda:0"), torch.zeros(1, dtype=torch.int32), 0, 255)
+    assert y.device == x.device
+    assert_same_bits(y.cpu(), reference.fake_quantize(x.cpu(), 0.1, 3, 0, 255))
+
+
+def test_the_library_has_code_for_this_gpu() -> None:
+    assert quantkernels._ops.build_info()["cuda_architectures"]
