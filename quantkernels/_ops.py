@@ -31,7 +31,7 @@ def _load() -> None:
     try:
         torch.ops.load_library(str(LIBRARY_PATH))  # type: ignore[no-untyped-call]
     except OSError as error:
-        cause = str(error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
+        cause = str(error.__cause__ or error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
         raise ImportError(
             f"quantkernels: the compiled library cannot be loaded with torch {torch.__version__}: {cause}. "
             "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
