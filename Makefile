@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo dorefa test bench lint format build clean
+.PHONY: demo dorefa test bench cuda-report lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -25,6 +25,10 @@ test: $(VENV)/.installed-dev quantkernels/_C.so
 BENCH_ARGS ?= --quick
 bench: $(VENV)/.installed-bench quantkernels/_C.so
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Registers, occupancy and 128-bit accesses of every CUDA kernel, as compiled; needs nvcc, no GPU.
+cuda-report: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.cuda_report
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

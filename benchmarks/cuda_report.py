@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -127,7 +128,11 @@ def find_cuobjdump() -> Path | None:
 
 
 def _run(*command: str) -> str:
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    # cuobjdump looks for nvdisasm on PATH, even where the two lie side by side.
+    environment = {**os.environ, "PATH": f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stdout}")
     return result.stdout
