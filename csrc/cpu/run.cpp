@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../numerics/channel.h"
+#include "../numerics/dorefa.h"
 #include "../numerics/half.h"
 #include "kernels.h"
 
@@ -297,7 +298,7 @@ void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for) {
   }
   const double largest = job.dtype == DType::kFloat64 ? *static_cast<const double*>(job.statistic)
                                                       : static_cast<double>(*static_cast<const float*>(job.statistic));
-  const double through_largest = -sums.gradient_times_tanh / (largest * largest) / sums.largest_elements;
+  const double through_largest = derivative_through_largest(sums.gradient_times_tanh, largest, sums.largest_elements);
   parallel_elements(parallel_for, job.numel, [&](int64_t begin, int64_t end) {
     kernels.dorefa_weight_gradient(job, through_largest, begin, end);
   });

@@ -199,7 +199,8 @@ struct StoreThroughLargest {
 
   __device__ __forceinline__ void operator()(const WeightSums& sums) const {
     const double largest = *static_cast<const T*>(statistic);
-    *through_largest = static_cast<T>(-sums.gradient_times_tanh / (largest * largest) / sums.largest_elements);
+    *through_largest =
+        static_cast<T>(derivative_through_largest(sums.gradient_times_tanh, largest, sums.largest_elements));
   }
 };
 

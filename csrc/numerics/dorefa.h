@@ -61,6 +61,12 @@ QK_INLINE V dorefa_weight_gradient(V gradient, V t, V largest, V through_largest
   return (gradient / largest + share) * (one - t * t);
 }
 
+// That share, per unit of an element's sign: d(t / M) / dM = -t / M^2 for every element, weighted with its gradient,
+// over the elements that attain the maximum M.
+QK_INLINE double derivative_through_largest(double gradient_times_tanh, double largest, double largest_elements) {
+  return -gradient_times_tanh / (largest * largest) / largest_elements;
+}
+
 template <bool reciprocal, class V>
 QK_INLINE V dorefa_activation_element(V x, const Levels<V>& levels, V one, V zero) {
   return round_to_levels<reciprocal>(clamp(x, zero, one), levels);
