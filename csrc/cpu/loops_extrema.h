@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "../numerics/extrema.h"
 #include "../numerics/half.h"
 #include "dispatch.h"
 #include "kernels.h"
@@ -12,18 +13,6 @@
 QK_NAMESPACE_BEGIN
 
 using cpu::ExtremaPart;
-
-template <class T>
-struct Extrema {
-  T min = std::numeric_limits<T>::infinity();
-  T max = -std::numeric_limits<T>::infinity();
-
-  // A NaN on either side wins.
-  void combine(T other_min, T other_max) {
-    if (!(other_min >= min)) min = min != min ? min : other_min;
-    if (!(other_max <= max)) max = max != max ? max : other_max;
-  }
-};
 
 // Lanewise running extrema; two chains of each hide the latency of the comparison.
 template <class S>
@@ -63,10 +52,7 @@ void extrema_by_segment(const ExtremaPart& job, T* min, T* max) {
   for (int64_t o = 0; o < job.view.outer; ++o) {
     for (int64_t c = 0; c < job.view.channels; ++c) {
       const Extrema<T> run = extrema_of_run(x + o * job.outer_stride + c * job.view.inner, job.view.inner);
-      Extrema<T> total{min[c], max[c]};
-      total.combine(run.min, run.max);
-      min[c] = total.min;
-      max[c] = total.max;
+      combine_into(min[c], max[c], run.min, run.max);
     }
   }
 }
@@ -91,21 +77,15 @@ void extrema_by_column(const ExtremaPart& job, T* min, T* max) {
       nan[static_cast<size_t>(j / kLanes)] |= unordered(value);
     }
     for (; j < columns; ++j) {
-      Extrema<T> total{column_min[j], column_max[j]};
       const T value = to_float(row[j]);
-      total.combine(value, value);
-      column_min[j] = total.min;
-      column_max[j] = total.max;
+      combine_into(column_min[j], column_max[j], value, value);
     }
   }
   for (int64_t j = 0; j < columns; ++j) {
     const int64_t c = j / job.view.inner;
     const bool is_nan = (nan[static_cast<size_t>(j / kLanes)] >> (j % kLanes) & 1) != 0;
     const T none = std::numeric_limits<T>::quiet_NaN();
-    Extrema<T> total{min[c], max[c]};
-    total.combine(is_nan ? none : column_min[j], is_nan ? none : column_max[j]);
-    min[c] = total.min;
-    max[c] = total.max;
+    combine_into(min[c], max[c], is_nan ? none : column_min[j], is_nan ? none : column_max[j]);
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "../numerics/channel.h"
 #include "../numerics/dorefa.h"
+#include "../numerics/extrema.h"
 #include "../numerics/half.h"
 #include "kernels.h"
 
@@ -88,10 +89,7 @@ struct ChannelExtrema {
         max(static_cast<size_t>(channels), -std::numeric_limits<T>::infinity()) {}
 
   void combine(const ChannelExtrema& other) {
-    for (size_t c = 0; c < min.size(); ++c) {
-      if (!(other.min[c] >= min[c])) min[c] = min[c] != min[c] ? min[c] : other.min[c];
-      if (!(other.max[c] <= max[c])) max[c] = max[c] != max[c] ? max[c] : other.max[c];
-    }
+    for (size_t c = 0; c < min.size(); ++c) combine_into(min[c], max[c], other.min[c], other.max[c]);
   }
 };
 

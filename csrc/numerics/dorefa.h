@@ -10,8 +10,6 @@
 
 QK_NAMESPACE_BEGIN
 
-constexpr int kOffBits = 32;
-
 // n, and 1 / n as a sum of two.
 template <class V>
 struct Levels {

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "../jobs.h"
 
