@@ -22,7 +22,6 @@ CHECKS = (
     "division_by_levels",
     "tanh_accuracy",
     "philox_known_answers",
-    "neighbours",
 )
 
 

@@ -6,8 +6,31 @@
 
 namespace qk::cpu {
 
+// Elements of a vector, on every tier.
+constexpr int kLanes = 16;
+
 // A part of an elementwise job begins at a multiple of this many elements, on a byte of the mask.
 constexpr int64_t kPartAlignment = 64;
+
+// Streamed results go past the caches to memory, which saves reading their lines first: for results too large to be
+// found in a cache later. Never in place.
+enum class Store { kCached, kStreamed };
+
+// The constants of a job's channels (numerics/affine.h), computed once for all its parts. An entry is a channel, or
+// with an inner size below a vector an element of a row of channels * inner, so that a vector loads the constants of
+// its lanes; the first entries are then repeated at the end.
+struct AffineTable {
+  void* rows;      // [7, length] of the compute type: the members of AffineConstants
+  uint8_t* modes;  // [length]: AffineMode
+  int64_t length;  // a multiple of kLanes; 1 for a single channel
+
+  static bool has_entry_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
+  static int64_t length_for(const ChannelView& view) {
+    if (view.channels == 1) return 1;
+    const int64_t entries = has_entry_per_element(view) ? view.channels * view.inner + kLanes : view.channels;
+    return (entries + kLanes - 1) / kLanes * kLanes;
+  }
+};
 
 // Extrema of the dense slices [outer, channels, inner], `outer_stride` elements between outer indices, combined into
 // min[channels] and max[channels] (double for float64 data, else float), which start at +inf and -inf.
@@ -32,8 +55,10 @@ constexpr int64_t kSumPart = 1 << 14;
 
 struct Kernels {
   const char* name;
-  void (*fake_quantize)(const AffineJob&, int64_t begin, int64_t end);
-  void (*straight_through)(const StraightThroughJob&, int64_t begin, int64_t end);
+  // The entries [begin, end) of the table; `begin` is a multiple of kLanes.
+  void (*affine_table)(const AffineJob&, const AffineTable&, int64_t begin, int64_t end);
+  void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, int64_t begin, int64_t end);
+  void (*straight_through)(const StraightThroughJob&, Store, int64_t begin, int64_t end);
   void (*extrema)(const ExtremaPart&);
   // max|tanh w| = tanh of the largest magnitude, in the compute type of `dtype`.
   void (*tanh_of)(DType, const void* magnitude, void* result);

@@ -3,13 +3,15 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <cstring>
 
 #include "../numerics/channel.h"
 #include "dispatch.h"
 #include "kernels.h"
 
 QK_NAMESPACE_BEGIN
+
+using cpu::AffineTable;
 
 template <class T>
 QK_INLINE AffineConstants<Vector<T>> broadcast(const AffineConstants<T>& c) {
@@ -19,92 +21,190 @@ QK_INLINE AffineConstants<Vector<T>> broadcast(const AffineConstants<T>& c) {
           V::broadcast(c.pass_high)};
 }
 
+// One vector: quantized, stored, one bit per element.
+template <AffineMode mode, Store store, class S, class T>
+QK_INLINE LaneBits quantize_vector(const S* x, S* y, const AffineConstants<Vector<T>>& c) {
+  const Vector<T> value = Vector<T>::load(x);
+  put<store>(fake_quantize_element<mode>(value, c), y);
+  return gradient_passes(value, c);
+}
+
 // `count` whole vectors that share their constants.
-template <AffineMode mode, class S, class T>
+template <AffineMode mode, Store store, class S, class T>
 void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
   const AffineConstants<Vector<T>> c = broadcast(scalars);
-  for (int64_t i = 0; i < count; ++i) {
-    const Vector<T> value = Vector<T>::load(x + i * kLanes);
-    const LaneBits bits = gradient_passes(value, c);
-    fake_quantize_element<mode>(value, c).store(y + i * kLanes);
+  int64_t i = 0;
+  for (; i + kBlockVectors <= count; i += kBlockVectors) {
+    LaneBits bits[kBlockVectors];
+    prefetch_block(x + i * kLanes);
+    for (int v = 0; v < kBlockVectors; ++v) {
+      bits[v] = quantize_vector<mode, store, S, T>(x + (i + v) * kLanes, y + (i + v) * kLanes, c);
+    }
+    std::memcpy(mask + i * sizeof(LaneBits), bits, sizeof(bits));
+  }
+  for (; i < count; ++i) {
+    const LaneBits bits = quantize_vector<mode, store, S, T>(x + i * kLanes, y + i * kLanes, c);
     std::memcpy(mask + i * sizeof(bits), &bits, sizeof(bits));
   }
 }
 
-template <class S, class T>
+template <Store store, class S, class T>
 void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineGrid<T>& grid) {
   switch (grid.mode) {
     case AffineMode::kReciprocal:
-      return quantize_vectors<AffineMode::kReciprocal>(x, y, mask, count, grid.constants);
+      return quantize_vectors<AffineMode::kReciprocal, store>(x, y, mask, count, grid.constants);
     case AffineMode::kDivide:
-      return quantize_vectors<AffineMode::kDivide>(x, y, mask, count, grid.constants);
+      return quantize_vectors<AffineMode::kDivide, store>(x, y, mask, count, grid.constants);
     case AffineMode::kPassThrough:
-      return quantize_vectors<AffineMode::kPassThrough>(x, y, mask, count, grid.constants);
+      return quantize_vectors<AffineMode::kPassThrough, store>(x, y, mask, count, grid.constants);
   }
 }
 
-// The channel's grid, with the division in place of the reciprocal where that would be slow.
+// A job's table of constants, read and written with its types.
 template <class T>
-AffineGrid<T> tier_grid(const AffineJob& job, int64_t channel) {
-  AffineGrid<T> grid = channel_grid<T>(job, channel);
-  if (!kHasFusedMultiplyAdd<T> && grid.mode == AffineMode::kReciprocal) grid.mode = AffineMode::kDivide;
-  return grid;
-}
-
-// Grids of a job's channels, computed once when a part visits channels repeatedly, on demand otherwise.
-template <class T>
-class ChannelGrids {
+class TableRows {
  public:
-  ChannelGrids(const AffineJob& job, int64_t begin, int64_t end) : job_(job) {
-    const int64_t visits = (end - begin) / job.view.inner;
-    if (job.view.channels > 1 && visits > job.view.channels) {
-      table_.reserve(static_cast<size_t>(job.view.channels));
-      for (int64_t c = 0; c < job.view.channels; ++c) table_.push_back(tier_grid<T>(job, c));
-    }
+  explicit TableRows(const AffineTable& table)
+      : row_(static_cast<T*>(table.rows)), modes_(table.modes), length_(table.length) {}
+
+  bool has(AffineMode mode) const {
+    return std::memchr(modes_, static_cast<int>(mode), static_cast<size_t>(length_)) != nullptr;
   }
-  AffineGrid<T> operator[](int64_t channel) const {
-    return table_.empty() ? tier_grid<T>(job_, channel) : table_[static_cast<size_t>(channel)];
+  AffineGrid<T> grid(int64_t entry) const {
+    const T* r = row_ + entry;
+    return {{r[0], r[length_], r[2 * length_], r[3 * length_], r[4 * length_], r[5 * length_], r[6 * length_]},
+            static_cast<AffineMode>(modes_[entry])};
+  }
+  void set(int64_t entry, const AffineGrid<T>& grid) {
+    modes_[entry] = static_cast<uint8_t>(grid.mode);
+    const AffineConstants<T>& c = grid.constants;
+    const T values[] = {c.scale, c.inverse_high, c.inverse_low, c.clamp_low, c.clamp_high, c.pass_low, c.pass_high};
+    for (int64_t r = 0; r < 7; ++r) row_[r * length_ + entry] = values[r];
+  }
+  QK_INLINE AffineConstants<Vector<T>> load(int64_t entry) const {
+    using V = Vector<T>;
+    const T* r = row_ + entry;
+    return {V::load(r),
+            V::load(r + length_),
+            V::load(r + 2 * length_),
+            V::load(r + 3 * length_),
+            V::load(r + 4 * length_),
+            V::load(r + 5 * length_),
+            V::load(r + 6 * length_)};
+  }
+  QK_INLINE void store(int64_t entry, const AffineConstants<Vector<T>>& c) {
+    T* r = row_ + entry;
+    c.scale.store(r);
+    c.inverse_high.store(r + length_);
+    c.inverse_low.store(r + 2 * length_);
+    c.clamp_low.store(r + 3 * length_);
+    c.clamp_high.store(r + 4 * length_);
+    c.pass_low.store(r + 5 * length_);
+    c.pass_high.store(r + 6 * length_);
   }
 
  private:
-  const AffineJob& job_;
-  std::vector<AffineGrid<T>> table_;
+  T* row_;
+  uint8_t* modes_;
+  int64_t length_;
 };
 
+// The division in place of the reciprocal where that would be slow.
+template <class T>
+AffineMode tier_mode(AffineMode mode) {
+  return !kHasFusedMultiplyAdd<T> && mode == AffineMode::kReciprocal ? AffineMode::kDivide : mode;
+}
+
+template <class T>
+void affine_table_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
+  TableRows<T> rows(table);
+  if (table.length == 1) {
+    AffineGrid<T> grid = channel_grid<T>(job, 0);
+    grid.mode = tier_mode<T>(grid.mode);
+    return rows.set(0, grid);
+  }
+  using V = Vector<T>;
+  const T low = static_cast<T>(job.low);
+  const T high = static_cast<T>(job.high);
+  const int64_t repeats = AffineTable::has_entry_per_element(job.view) ? job.view.inner : 1;
+  int64_t channel = begin / repeats % job.view.channels;
+  int64_t repeat = begin % repeats;
+  for (int64_t entry = begin; entry < end; entry += kLanes) {
+    T scale[kLanes], level_min[kLanes], level_max[kLanes];
+    LaneBits pass_through = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t least = int64_t{job.quant_min} - job.zero_point[channel];
+      const int64_t most = int64_t{job.quant_max} - job.zero_point[channel];
+      const bool passes = passes_through(job, channel);
+      scale[lane] = static_cast<T>(job.scale[channel]);
+      level_min[lane] = static_cast<T>(least);
+      level_max[lane] = static_cast<T>(most);
+      pass_through |= static_cast<LaneBits>(passes) << lane;
+      const AffineMode mode =
+          passes ? AffineMode::kPassThrough : tier_mode<T>(affine_mode<T>(job.scale[channel], least, most));
+      table.modes[entry + lane] = static_cast<uint8_t>(mode);
+      if (++repeat == repeats) {
+        repeat = 0;
+        channel = channel + 1 == job.view.channels ? 0 : channel + 1;
+      }
+    }
+    rows.store(entry, make_constants(V::load(scale), V::load(level_min), V::load(level_max), V::broadcast(low),
+                                     V::broadcast(high)));
+    for (int lane = 0; pass_through >> lane != 0; ++lane) {
+      if ((pass_through >> lane & 1) == 0) continue;
+      rows.set(entry + lane, {make_pass_through(low, high), AffineMode::kPassThrough});
+    }
+  }
+}
+
+inline void affine_table(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
+  if (job.dtype == DType::kFloat64) return affine_table_typed<double>(job, table, begin, end);
+  return affine_table_typed<float>(job, table, begin, end);
+}
+
 // Walks a part of the tensor segment by segment; a segment is a run of elements of one channel.
-template <class S>
+template <Store store, class S>
 class SegmentWalk {
   using T = typename ComputeType<S>::type;
 
  public:
-  SegmentWalk(const AffineJob& job, int64_t begin, int64_t end)
+  SegmentWalk(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end)
       : x_(static_cast<const S*>(job.input)),
         y_(static_cast<S*>(job.output)),
         mask_(job.mask),
         view_(job.view),
-        grids_(job, begin, end),
+        rows_(table),
+        entries_per_channel_(AffineTable::has_entry_per_element(job.view) ? job.view.inner : 1),
         position_(begin),
         end_(end) {
     const int64_t segment = begin / view_.inner;
     segment_end_ = (segment + 1) * view_.inner;
     channel_ = segment % view_.channels;
-    grid_ = grids_[channel_];
+    grid_ = rows_.grid(channel_ * entries_per_channel_);
   }
 
   void run() {
     while (position_ < end_) {
       const int64_t count = (std::min(segment_end_, end_) - position_) / kLanes;
-      quantize_vectors(x_ + position_, y_ + position_, mask_ + position_ / 8, count, grid_);
+      whole_vectors(count);
       position_ += count * kLanes;
       if (position_ < end_) mixed_vector();
     }
   }
 
  private:
+  void whole_vectors(int64_t count) {
+    if (store == Store::kStreamed && is_vector_aligned(y_ + position_)) {
+      quantize_vectors<Store::kStreamed>(x_ + position_, y_ + position_, mask_ + position_ / 8, count, grid_);
+    } else {
+      quantize_vectors<Store::kCached>(x_ + position_, y_ + position_, mask_ + position_ / 8, count, grid_);
+    }
+  }
+
   void next_segment() {
     segment_end_ += view_.inner;
     channel_ = channel_ + 1 == view_.channels ? 0 : channel_ + 1;
-    grid_ = grids_[channel_];
+    grid_ = rows_.grid(channel_ * entries_per_channel_);
   }
 
   // One vector that crosses a segment's end or the tensor's: computed once per channel in it, each keeps its lanes.
@@ -117,7 +217,7 @@ class SegmentWalk {
     for (int64_t lane = 0; lane < valid;) {
       const int64_t stop = std::min(valid, segment_end_ - position_);
       LaneBits bits = 0;
-      quantize_vectors(in, out, reinterpret_cast<uint8_t*>(&bits), 1, grid_);
+      quantize_vectors<Store::kCached>(in, out, reinterpret_cast<uint8_t*>(&bits), 1, grid_);
       std::copy(out + lane, out + stop, y_ + position_ + lane);
       all |= static_cast<LaneBits>(bits & ((1u << stop) - (1u << lane)));
       lane = stop;
@@ -131,63 +231,25 @@ class SegmentWalk {
   S* y_;
   uint8_t* mask_;
   ChannelView view_;
-  ChannelGrids<T> grids_;
+  TableRows<T> rows_;
   AffineGrid<T> grid_;
+  int64_t entries_per_channel_;
   int64_t position_, end_, segment_end_, channel_;
 };
 
-// Constants of every element of one period channels * inner, repeated to kLanes past its end, so that a vector at any
-// phase loads the constants of its lanes without a division.
-template <class T>
-class PeriodicConstants {
- public:
-  explicit PeriodicConstants(const AffineJob& job) : period_(job.view.channels * job.view.inner) {
-    const size_t length = static_cast<size_t>(period_ + kLanes);
-    for (std::vector<T>& row : rows_) row.resize(length);
-    for (int64_t c = 0, at = 0; c < job.view.channels; ++c) {
-      const AffineGrid<T> grid = tier_grid<T>(job, c);
-      has_divide_ |= grid.mode == AffineMode::kDivide;
-      has_pass_through_ |= grid.mode == AffineMode::kPassThrough;
-      for (int64_t i = 0; i < job.view.inner; ++i) set(at++, grid.constants);
-    }
-    for (std::vector<T>& row : rows_)
-      for (size_t i = 0; i < kLanes; ++i) row[static_cast<size_t>(period_) + i] = row[i];
-  }
-
-  int64_t period() const { return period_; }
-  bool has_divide() const { return has_divide_; }
-  bool has_pass_through() const { return has_pass_through_; }
-
-  QK_INLINE AffineConstants<Vector<T>> load(int64_t phase) const {
-    using V = Vector<T>;
-    return {V::load(&rows_[0][phase]), V::load(&rows_[1][phase]), V::load(&rows_[2][phase]), V::load(&rows_[3][phase]),
-            V::load(&rows_[4][phase]), V::load(&rows_[5][phase]), V::load(&rows_[6][phase])};
-  }
-
- private:
-  void set(int64_t index, const AffineConstants<T>& c) {
-    const T values[] = {c.scale, c.inverse_high, c.inverse_low, c.clamp_low, c.clamp_high, c.pass_low, c.pass_high};
-    for (size_t r = 0; r < 7; ++r) rows_[r][static_cast<size_t>(index)] = values[r];
-  }
-
-  std::vector<T> rows_[7];
-  int64_t period_;
-  bool has_divide_ = false;
-  bool has_pass_through_ = false;
-};
-
-template <AffineMode mode, class S>
+// Walks a part whose vectors cross channels, over a table with an entry per element of a row (a period).
+template <AffineMode mode, Store store, class S>
 class PeriodicWalk {
   using T = typename ComputeType<S>::type;
   using V = Vector<T>;
 
  public:
-  PeriodicWalk(const AffineJob& job, const PeriodicConstants<T>& constants)
+  PeriodicWalk(const AffineJob& job, const TableRows<T>& rows)
       : x_(static_cast<const S*>(job.input)),
         y_(static_cast<S*>(job.output)),
         mask_(job.mask),
-        constants_(constants),
-        period_(constants.period()) {}
+        rows_(rows),
+        period_(job.view.channels * job.view.inner) {}
 
   void run(int64_t begin, int64_t end) const {
     if (period_ % kLanes != 0) return along(begin, end);
@@ -202,19 +264,17 @@ class PeriodicWalk {
 
  private:
   // A tile stays in the first-level cache while its columns are walked one after another.
-  static constexpr int64_t kTileElements = 2048;
+  static constexpr int64_t kTileElements = 4096;
 
   QK_INLINE void vector_at(int64_t i, const AffineConstants<V>& c) const {
-    const V value = V::load(x_ + i);
-    const LaneBits bits = gradient_passes(value, c);
-    fake_quantize_element<mode>(value, c).store(y_ + i);
+    const LaneBits bits = quantize_vector<mode, store, S, T>(x_ + i, y_ + i, c);
     std::memcpy(mask_ + i / 8, &bits, sizeof(bits));
   }
 
   // Column by column, so that a column's constants are loaded once for all rows.
   void tile(int64_t first_row, int64_t last_row) const {
     for (int64_t column = 0; column < period_; column += kLanes) {
-      const AffineConstants<V> c = constants_.load(column);
+      const AffineConstants<V> c = rows_.load(column);
       for (int64_t row = first_row; row < last_row; ++row) vector_at(row * period_ + column, c);
     }
   }
@@ -224,71 +284,86 @@ class PeriodicWalk {
     int64_t phase = begin % period_;
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      vector_at(i, constants_.load(phase));
+      vector_at(i, rows_.load(phase));
       phase += advance;
       if (phase >= period_) phase -= period_;
     }
-    if (i < end) last_vector(i, end, constants_.load(phase));
+    if (i < end) last_vector(i, end, rows_.load(phase));
   }
 
   void last_vector(int64_t begin, int64_t end, const AffineConstants<V>& c) const {
     S in[kLanes] = {};
     S out[kLanes];
     std::copy(x_ + begin, x_ + end, in);
-    const V value = V::load(in);
-    fake_quantize_element<mode>(value, c).store(out);
+    const LaneBits all = quantize_vector<mode, Store::kCached, S, T>(in, out, c);
     std::copy_n(out, end - begin, y_ + begin);
-    const LaneBits bits = gradient_passes(value, c) & static_cast<LaneBits>((1u << (end - begin)) - 1);
+    const LaneBits bits = all & static_cast<LaneBits>((1u << (end - begin)) - 1);
     std::memcpy(mask_ + begin / 8, &bits, static_cast<size_t>((end - begin + 7) / 8));
   }
 
   const S* x_;
   S* y_;
   uint8_t* mask_;
-  const PeriodicConstants<T>& constants_;
+  const TableRows<T>& rows_;
   int64_t period_;
 };
 
-template <class S>
-void fake_quantize_typed(const AffineJob& job, int64_t begin, int64_t end) {
-  using T = typename ComputeType<S>::type;
-  if (job.view.channels > 1 && job.view.inner < kLanes) {
-    const PeriodicConstants<T> constants(job);
-    if (!constants.has_pass_through()) {
-      // Dividing is right for every channel.
-      if (constants.has_divide()) return PeriodicWalk<AffineMode::kDivide, S>(job, constants).run(begin, end);
-      return PeriodicWalk<AffineMode::kReciprocal, S>(job, constants).run(begin, end);
-    }
+template <Store store, class S>
+void fake_quantize_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
+  const TableRows<typename ComputeType<S>::type> rows(table);
+  if (AffineTable::has_entry_per_element(job.view) && !rows.has(AffineMode::kPassThrough)) {
+    // Dividing is right for every channel.
+    if (rows.has(AffineMode::kDivide)) return PeriodicWalk<AffineMode::kDivide, store, S>(job, rows).run(begin, end);
+    return PeriodicWalk<AffineMode::kReciprocal, store, S>(job, rows).run(begin, end);
   }
-  SegmentWalk<S>(job, begin, end).run();
+  SegmentWalk<store, S>(job, table, begin, end).run();
 }
 
-inline void fake_quantize(const AffineJob& job, int64_t begin, int64_t end) {
+inline void fake_quantize(const AffineJob& job, const AffineTable& table, Store store, int64_t begin, int64_t end) {
   if (begin >= end) return;
-  dispatch_storage(job.dtype, [&](auto storage) { fake_quantize_typed<decltype(storage)>(job, begin, end); });
+  dispatch_storage(job.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (store == Store::kCached || !is_vector_aligned(static_cast<const S*>(job.output))) {
+      return fake_quantize_typed<Store::kCached, S>(job, table, begin, end);
+    }
+    fake_quantize_typed<Store::kStreamed, S>(job, table, begin, end);
+    order_streamed_stores();
+  });
 }
 
-template <class U>
+template <Store store, class U>
 void straight_through_typed(const StraightThroughJob& job, int64_t begin, int64_t end) {
   const U* from = static_cast<const U*>(job.grad_output);
   U* to = static_cast<U*>(job.grad_input);
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    LaneBits bits;
-    std::memcpy(&bits, job.mask + i / 8, sizeof(bits));
-    copy_selected_lanes(bits, from + i, to + i);
+  for (; i + kBlock <= end; i += kBlock) {
+    LaneBits bits[kBlockVectors];
+    std::memcpy(bits, job.mask + i / 8, sizeof(bits));
+    prefetch_block(from + i);
+    for (int v = 0; v < kBlockVectors; ++v) {
+      copy_selected_lanes<store>(bits[v], from + i + v * kLanes, to + i + v * kLanes);
+    }
   }
   for (; i < end; ++i) to[i] = (job.mask[i / 8] >> (i % 8) & 1) != 0 ? from[i] : U(0);
 }
 
-inline void straight_through(const StraightThroughJob& job, int64_t begin, int64_t end) {
+template <class U>
+void straight_through_stored(const StraightThroughJob& job, Store store, int64_t begin, int64_t end) {
+  if (store == Store::kCached || !is_vector_aligned(static_cast<const U*>(job.grad_input))) {
+    return straight_through_typed<Store::kCached, U>(job, begin, end);
+  }
+  straight_through_typed<Store::kStreamed, U>(job, begin, end);
+  order_streamed_stores();
+}
+
+inline void straight_through(const StraightThroughJob& job, Store store, int64_t begin, int64_t end) {
   switch (job.element_size) {
     case 2:
-      return straight_through_typed<uint16_t>(job, begin, end);
+      return straight_through_stored<uint16_t>(job, store, begin, end);
     case 4:
-      return straight_through_typed<uint32_t>(job, begin, end);
+      return straight_through_stored<uint32_t>(job, store, begin, end);
     default:
-      return straight_through_typed<uint64_t>(job, begin, end);
+      return straight_through_stored<uint64_t>(job, store, begin, end);
   }
 }
 

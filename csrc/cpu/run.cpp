@@ -69,6 +69,14 @@ void parallel_elements(ParallelFor parallel_for, int64_t numel, const F& body) {
            [&](int64_t begin, int64_t end) { body(begin * kPartAlignment, std::min(end * kPartAlignment, numel)); });
 }
 
+// Half of a last-level cache of 32 MB, as a few cores share: a result as large leaves no room there for what was read to
+// compute it. A constant, since what sysconf tells of the cache is wrong by a factor of ten on some processors.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
+Store store_for(const void* input, const void* output, int64_t bytes) {
+  return output != input && bytes >= kStreamedBytes ? Store::kStreamed : Store::kCached;
+}
+
 int64_t element_size(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -79,6 +87,35 @@ int64_t element_size(DType dtype) {
       return 2;
   }
 }
+
+// The job's constants and the memory that holds them.
+class JobConstants {
+ public:
+  JobConstants(const Kernels& kernels, const AffineJob& job, ParallelFor parallel_for) {
+    const int64_t length = AffineTable::length_for(job.view);
+    const size_t bytes_per_entry = kRows * (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float)) + 1;
+    void* memory = single_;
+    if (length > 1) {
+      many_.resize((static_cast<size_t>(length) * bytes_per_entry + sizeof(double) - 1) / sizeof(double));
+      memory = many_.data();
+    }
+    uint8_t* const modes = static_cast<uint8_t*>(memory) + static_cast<size_t>(length) * (bytes_per_entry - 1);
+    table_ = {memory, modes, length};
+    const int64_t vectors = (length + kLanes - 1) / kLanes;
+    parallel(parallel_for, vectors, kGrain / kEntryCost / kLanes, [&](int64_t begin, int64_t end) {
+      kernels.affine_table(job, table_, begin * kLanes, std::min(end * kLanes, length));
+    });
+  }
+  const AffineTable& table() const { return table_; }
+
+ private:
+  static constexpr size_t kRows = 7;
+  static constexpr int64_t kEntryCost = 16;  // in elements quantized
+
+  double single_[kRows + 1];
+  std::vector<double> many_;
+  AffineTable table_;
+};
 
 template <class T>
 struct ChannelExtrema {
@@ -238,9 +275,14 @@ std::vector<std::string> available_tiers() {
 const char* active_tier() { return active_kernels().name; }
 
 void run(const AffineJob& job, ParallelFor parallel_for) {
+  const int64_t numel = job.view.numel();
+  if (numel == 0) return;
   const Kernels& kernels = active_kernels();
-  parallel_elements(parallel_for, job.view.numel(),
-                    [&](int64_t begin, int64_t end) { kernels.fake_quantize(job, begin, end); });
+  const JobConstants constants(kernels, job, parallel_for);
+  const Store store = store_for(job.input, job.output, numel * element_size(job.dtype));
+  parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
+    kernels.fake_quantize(job, constants.table(), store, begin, end);
+  });
 }
 
 void run(const ObserveJob& job, ParallelFor parallel_for) {
@@ -257,8 +299,9 @@ void run(const ObserveJob& job, ParallelFor parallel_for) {
 
 void run(const StraightThroughJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
+  const Store store = store_for(job.grad_output, job.grad_input, job.numel * job.element_size);
   parallel_elements(parallel_for, job.numel,
-                    [&](int64_t begin, int64_t end) { kernels.straight_through(job, begin, end); });
+                    [&](int64_t begin, int64_t end) { kernels.straight_through(job, store, begin, end); });
 }
 
 void run(const ExtremaJob& job, ParallelFor parallel_for) {

@@ -10,9 +10,18 @@
 QK_NAMESPACE_BEGIN
 
 constexpr cpu::Kernels make_kernels(const char* name) {
-  return {
-      name,           &fake_quantize,      &straight_through,       &extrema,           &tanh_of,        &magnitude_sum,
-      &dorefa_weight, &dorefa_weight_sums, &dorefa_weight_gradient, &dorefa_activation, &dorefa_gradient};
+  return {name,
+          &affine_table,
+          &fake_quantize,
+          &straight_through,
+          &extrema,
+          &tanh_of,
+          &magnitude_sum,
+          &dorefa_weight,
+          &dorefa_weight_sums,
+          &dorefa_weight_gradient,
+          &dorefa_activation,
+          &dorefa_gradient};
 }
 
 QK_NAMESPACE_END

@@ -26,18 +26,28 @@ struct F32 {
     _mm256_storeu_ps(p, low);
     _mm256_storeu_ps(p + 8, high);
   }
-  QK_INLINE void store(Half* p) const {
-    __m128i* q = reinterpret_cast<__m128i*>(p);
-    _mm_storeu_si128(q, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+  QK_INLINE void stream(float* p) const {
+    _mm256_stream_ps(p, low);
+    _mm256_stream_ps(p + 8, high);
   }
-  QK_INLINE void store(BFloat16* p) const {
-    // packus interleaves the 128-bit halves of its operands; the permutation puts them back in order.
-    const __m256i packed = _mm256_packus_epi32(round_to_bfloat16(low), round_to_bfloat16(high));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  template <class S>
+  QK_INLINE void store(S* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(S{}));
+  }
+  template <class S>
+  QK_INLINE void stream(S* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(S{}));
   }
 
  private:
+  QK_INLINE __m256i narrow(Half) const {
+    return _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+  }
+  QK_INLINE __m256i narrow(BFloat16) const {
+    // packus interleaves the 128-bit halves of its operands; the permutation puts them back in order.
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_to_bfloat16(low), round_to_bfloat16(high)), 0xd8);
+  }
   static QK_INLINE __m256 widen(__m128i bits) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
@@ -101,6 +111,10 @@ QK_INLINE __m256 power_of_two(__m256 n) {
 }
 QK_INLINE F32 power_of_two(F32 n) { return {power_of_two(n.low), power_of_two(n.high)}; }
 QK_INLINE F32 constant_like(F32, float c) { return F32::broadcast(c); }
+QK_INLINE __m256 offset_bits(__m256 x, int count) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(count)));
+}
+QK_INLINE F32 offset_bits(F32 x, int count) { return {offset_bits(x.low, count), offset_bits(x.high, count)}; }
 
 QK_INLINE void add_products(double* sum, __m256 a, __m256 b) {
   const __m256d low =
@@ -133,23 +147,41 @@ QK_INLINE LaneBits unordered(F32 x) {
   return lane_bits(_mm256_cmp_ps(x.low, x.low, _CMP_UNORD_Q), _mm256_cmp_ps(x.high, x.high, _CMP_UNORD_Q));
 }
 
+template <Store store>
+QK_INLINE void put_bits(__m256i value, void* p) {
+  if constexpr (store == Store::kStreamed) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), value);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), value);
+  }
+}
+QK_INLINE __m256i load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 // Each lane picks its own bit out of a broadcast of all, and the comparison makes it a lane mask.
+template <Store store>
+QK_INLINE void copy_selected_lanes(LaneBits bits, const uint64_t* from, uint64_t* to) {
+  const __m256i lane_bit = _mm256_setr_epi64x(1, 2, 4, 8);
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const __m256i all = _mm256_set1_epi64x(bits >> (4 * quarter));
+    const __m256i keep = _mm256_cmpeq_epi64(_mm256_and_si256(all, lane_bit), lane_bit);
+    put_bits<store>(_mm256_and_si256(load_bits(from + 4 * quarter), keep), to + 4 * quarter);
+  }
+}
+template <Store store>
 QK_INLINE void copy_selected_lanes(LaneBits bits, const uint32_t* from, uint32_t* to) {
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   for (int half = 0; half < 2; ++half) {
     const __m256i all = _mm256_set1_epi32(bits >> (8 * half));
     const __m256i keep = _mm256_cmpeq_epi32(_mm256_and_si256(all, lane_bit), lane_bit);
-    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8 * half));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * half), _mm256_and_si256(value, keep));
+    put_bits<store>(_mm256_and_si256(load_bits(from + 8 * half), keep), to + 8 * half);
   }
 }
+template <Store store>
 QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t* to) {
   const __m256i lane_bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
                                              static_cast<int16_t>(0x8000));
   const __m256i all = _mm256_set1_epi16(static_cast<int16_t>(bits));
   const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane_bit), lane_bit);
-  const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_and_si256(value, keep));
+  put_bits<store>(_mm256_and_si256(load_bits(from), keep), to);
 }
 
 // Words of 16 Philox blocks side by side.

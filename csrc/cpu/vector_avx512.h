@@ -22,10 +22,17 @@ struct F32 {
   }
 
   QK_INLINE void store(float* p) const { _mm512_storeu_ps(p, value); }
-  QK_INLINE void store(Half* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  QK_INLINE void store(Half* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(Half{})); }
+  QK_INLINE void store(BFloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(BFloat16{})); }
+  QK_INLINE void stream(float* p) const { _mm512_stream_ps(p, value); }
+  template <class S>
+  QK_INLINE void stream(S* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(S{}));
   }
-  QK_INLINE void store(BFloat16* p) const {
+
+ private:
+  QK_INLINE __m256i narrow(Half) const { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+  QK_INLINE __m256i narrow(BFloat16) const {
     const __m512i bits = _mm512_castps_si512(value);
     const __m512i upper = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
@@ -33,8 +40,7 @@ struct F32 {
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
     const __m512i nan = _mm512_or_si512(_mm512_and_si512(upper, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(0x7fc0));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    const __m512i result = _mm512_mask_mov_epi32(rounded, is_nan, nan);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, nan));
   }
 };
 
@@ -73,6 +79,9 @@ QK_INLINE F32 power_of_two(F32 n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
 QK_INLINE F32 constant_like(F32, float c) { return F32::broadcast(c); }
+QK_INLINE F32 offset_bits(F32 x, int count) {
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.value), _mm512_set1_epi32(count)))};
+}
 
 QK_INLINE void add_products(double* sum, __m256 a, __m256 b) {
   const __m512d product = _mm512_mul_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b));
@@ -94,11 +103,32 @@ QK_INLINE LaneBits inclusively_between(F32 x, F32 low, F32 high) {
 }
 QK_INLINE LaneBits unordered(F32 x) { return _mm512_cmp_ps_mask(x.value, x.value, _CMP_UNORD_Q); }
 
-QK_INLINE void copy_selected_lanes(LaneBits bits, const uint32_t* from, uint32_t* to) {
-  _mm512_storeu_si512(to, _mm512_maskz_loadu_epi32(bits, from));
+template <Store store>
+QK_INLINE void put_bits(__m512i value, void* p) {
+  if constexpr (store == Store::kStreamed) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), value);
+  } else {
+    _mm512_storeu_si512(p, value);
+  }
 }
+// A masked load would do the same, but the processor does not prefetch for it.
+template <Store store>
+QK_INLINE void copy_selected_lanes(LaneBits bits, const uint64_t* from, uint64_t* to) {
+  put_bits<store>(_mm512_maskz_mov_epi64(static_cast<__mmask8>(bits), _mm512_loadu_si512(from)), to);
+  put_bits<store>(_mm512_maskz_mov_epi64(static_cast<__mmask8>(bits >> 8), _mm512_loadu_si512(from + 8)), to + 8);
+}
+template <Store store>
+QK_INLINE void copy_selected_lanes(LaneBits bits, const uint32_t* from, uint32_t* to) {
+  put_bits<store>(_mm512_maskz_mov_epi32(bits, _mm512_loadu_si512(from)), to);
+}
+template <Store store>
 QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t* to) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(bits, from));
+  const __m256i value = _mm256_maskz_mov_epi16(bits, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  if constexpr (store == Store::kStreamed) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), value);
+  } else {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
+  }
 }
 
 // Words of 16 Philox blocks side by side.

@@ -5,10 +5,13 @@
 #include "../numerics/half.h"
 #include "../numerics/philox.h"
 #include "../numerics/tanh.h"
+#include "kernels.h"
 
 QK_NAMESPACE_BEGIN
 
-constexpr int kLanes = 16;
+using cpu::Store;
+
+constexpr int kLanes = cpu::kLanes;
 using LaneBits = uint16_t;  // lane i is bit i
 
 template <class T>
@@ -30,6 +33,11 @@ struct Lanes {
   QK_INLINE void store(S* p) const {
     for (int i = 0; i < kLanes; ++i) p[i] = round_to<S, T>(lane[i]);
   }
+  // Past the caches where the tier can; `p` is aligned to the whole vector.
+  template <class S>
+  QK_INLINE void stream(S* p) const {
+    store(p);
+  }
 };
 
 // The vector that holds kLanes values of T; a tier specialises it where it has something better than loops.
@@ -42,6 +50,38 @@ using Vector = typename VectorOf<T>::type;
 // Whether quotients by the two-multiplication reciprocal pay off: they need the fused multiply-add instruction.
 template <class T>
 constexpr bool kHasFusedMultiplyAdd = false;
+
+template <Store store, class V, class S>
+QK_INLINE void put(V value, S* p) {
+  if constexpr (store == Store::kStreamed) {
+    value.stream(p);
+  } else {
+    value.store(p);
+  }
+}
+// Streamed stores of this thread come before whatever it stores next, such as the word that it is done.
+QK_INLINE void order_streamed_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+template <class S>
+QK_INLINE bool is_vector_aligned(const S* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(S)) == 0;
+}
+
+// Loops advance by blocks of four vectors: that many are in flight, and share a word of the mask.
+constexpr int kBlockVectors = 4;
+constexpr int kBlock = kBlockVectors * kLanes;
+// Asks for a block's lines, far enough ahead to hide the memory's latency. The processor's own prefetcher loses track
+// when a loop reads or writes the mask beside its input and output.
+template <class S>
+QK_INLINE void prefetch_block(const S* p) {
+  constexpr int kDistance = 1024;  // bytes
+  constexpr int kLine = 64;
+  const char* const ahead = reinterpret_cast<const char*>(p) + kDistance;
+  for (size_t byte = 0; byte < kBlock * sizeof(S); byte += kLine) __builtin_prefetch(ahead + byte);
+}
 
 // Words of kLanes Philox blocks side by side.
 struct LanesU32 {
@@ -150,8 +190,12 @@ QK_INLINE Lanes<float> power_of_two(Lanes<float> n) {
   return r;
 }
 template <class T>
-QK_INLINE Lanes<T> constant_like(Lanes<T>, T c) {
-  return Lanes<T>::broadcast(c);
+QK_INLINE Lanes<T> constant_like(Lanes<T>, float c) {
+  return Lanes<T>::broadcast(T(c));
+}
+template <class T>
+QK_INLINE Lanes<T> offset_bits(Lanes<T> x, int count) {
+  QK_LANEWISE(offset_bits(x.lane[i], count));
 }
 // sum + a * b in float64, where the product of two floats is exact.
 template <class T>
@@ -186,9 +230,9 @@ QK_INLINE LaneBits unordered(Lanes<T> x) {
   return bits;
 }
 // Lane i where bit i is set, zero elsewhere; on raw bits, so that it serves every dtype of the size and keeps NaNs.
-template <class U>
+template <Store store, class U>
 QK_INLINE void copy_selected_lanes(LaneBits bits, const U* from, U* to) {
-  for (int i = 0; i < kLanes; ++i) to[i] = (bits >> i & 1) != 0 ? from[i] : U(0);
+  for (int i = 0; i < kLanes; ++i) to[i] = from[i] & (U(0) - static_cast<U>(bits >> i & 1));
 }
 
 QK_NAMESPACE_END

@@ -95,45 +95,62 @@ struct AffineGrid {
   AffineMode mode;
 };
 
-// The least x with rint(x / scale) > level, or infinity. The product is within two floats of it.
-template <class T>
-QK_INLINE T first_above(T level, T scale) {
-  T x = (level + T(0.5)) * scale;
-  for (int step = 0; step < 4 && round_even(next_down(x) / scale) > level; ++step) x = next_down(x);
-  for (int step = 0; step < 4 && !(round_even(x / scale) > level); ++step) x = next_up(x);
-  return x;
+// The least x with rint(x / scale) > level, or infinity; for level >= 0. It is within two floats of the rounded
+// product, and rint of the quotient is monotonic, so the last of the descending candidates that fulfils this is the
+// least.
+template <class V>
+QK_INLINE V first_above(V level, V scale) {
+  const V tie = (level + constant_like(level, 0.5f)) * scale;
+  V least = tie + constant_like(tie, INFINITY);  // infinity, or a NaN of the scale
+  for (int steps = 2; steps >= -2; --steps) {
+    const V x = offset_bits(tie, steps);
+    least = select_less(level, round_even(x / scale), x, least);
+  }
+  return least;
+}
+
+// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point.
+template <class V>
+QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V low, V high) {
+  const V zero = constant_like(scale, 0.0f);
+  const V one = constant_like(scale, 1.0f);
+  const V grid_low = level_min * scale;
+  const V grid_high = level_max * scale;
+  const V above = first_above(level_max, scale);
+  const V below = zero - first_above(zero - level_min, scale);
+  AffineConstants<V> c;
+  c.scale = scale;
+  c.inverse_high = one / scale;
+  c.inverse_low = fused_multiply_add(zero - c.inverse_high, scale, one) / scale;
+  c.clamp_low = clamp(low, grid_low, grid_high);
+  c.clamp_high = clamp(high, grid_low, grid_high);
+  c.pass_low = select_less(below, low, low, below);
+  c.pass_high = select_less(high, above, high, above);
+  return c;
+}
+
+// The constants of a channel that is not quantized.
+template <class V>
+QK_INLINE AffineConstants<V> make_pass_through(V low, V high) {
+  const V one = constant_like(low, 1.0f);
+  return {one, one, constant_like(low, 0.0f), low, high, low, high};
 }
 
 template <class T>
-QK_INLINE AffineGrid<T> make_pass_through(T low, T high) {
-  return {{T(1), T(1), T(0), low, high, low, high}, AffineMode::kPassThrough};
+QK_INLINE AffineMode affine_mode(float scale, int64_t level_min, int64_t level_max) {
+  const bool narrow = level_min >= -kReciprocalGridLimit && level_max <= kReciprocalGridLimit;
+  // Between these scales neither the reciprocal nor the residual leaves the normal range.
+  const bool moderate = scale >= 0x1p-96f && scale <= 0x1p96f;
+  return sizeof(T) == sizeof(float) && narrow && moderate ? AffineMode::kReciprocal : AffineMode::kDivide;
 }
 
 // T is float, or double for float64 tensors (whose scale is the widened float32). zero_point in [quant_min, quant_max].
 template <class T>
-QK_INLINE AffineGrid<T> make_affine(float scale32, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
+QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
                                     T high) {
-  const T scale = scale32;
   const int64_t level_min = int64_t{quant_min} - zero_point;
   const int64_t level_max = int64_t{quant_max} - zero_point;
-  const T grid_low = T(level_min) * scale;
-  const T grid_high = T(level_max) * scale;
-  const T above = first_above(T(level_max), scale);
-  const T below = -first_above(T(-level_min), scale);
-  AffineGrid<T> grid;
-  AffineConstants<T>& c = grid.constants;
-  c.scale = scale;
-  c.inverse_high = T(1) / scale;
-  c.inverse_low = fused_multiply_add(-c.inverse_high, scale, T(1)) / scale;
-  c.clamp_low = clamp(low, grid_low, grid_high);
-  c.clamp_high = clamp(high, grid_low, grid_high);
-  c.pass_low = low > below ? low : below;
-  c.pass_high = high < above ? high : above;
-  const bool narrow = level_min >= -kReciprocalGridLimit && level_max <= kReciprocalGridLimit;
-  // Between these scales neither the reciprocal nor the residual leaves the normal range.
-  const bool moderate = scale32 >= 0x1p-96f && scale32 <= 0x1p96f;
-  grid.mode = sizeof(T) == sizeof(float) && narrow && moderate ? AffineMode::kReciprocal : AffineMode::kDivide;
-  return grid;
+  return {make_constants(T(scale), T(level_min), T(level_max), low, high), affine_mode<T>(scale, level_min, level_max)};
 }
 
 template <AffineMode mode, class V>

@@ -6,15 +6,18 @@
 
 QK_NAMESPACE_BEGIN
 
-// The activation alone while quantization is delayed or the channel's range has not been observed.
+// Whether the activation alone is applied: while quantization is delayed or the channel's range is unobserved.
+QK_INLINE bool passes_through(const AffineJob& job, int64_t channel) {
+  const float* range = job.range;
+  const bool unknown = range != nullptr && !is_observed({range[channel], range[job.view.channels + channel]});
+  return unknown || (job.step != nullptr && *job.step < job.quant_start_step);
+}
+
 template <class T>
 QK_INLINE AffineGrid<T> channel_grid(const AffineJob& job, int64_t channel) {
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
-  const float* range = job.range;
-  const bool unknown = range != nullptr && !is_observed({range[channel], range[job.view.channels + channel]});
-  const bool delayed = job.step != nullptr && *job.step < job.quant_start_step;
-  if (delayed || unknown) return make_pass_through(low, high);
+  if (passes_through(job, channel)) return {make_pass_through(low, high), AffineMode::kPassThrough};
   return make_affine(job.scale[channel], job.zero_point[channel], job.quant_min, job.quant_max, low, high);
 }
 

@@ -51,6 +51,7 @@ QK_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magn
 QK_INLINE double copy_sign(double magnitude, double sign) { return ::copysign(magnitude, sign); }
 // A constant of the same kind as the first argument: itself, or a vector of it.
 QK_INLINE float constant_like(float, float c) { return c; }
+QK_INLINE double constant_like(double, float c) { return c; }
 
 template <class T>
 struct FloatTraits;
@@ -63,20 +64,12 @@ struct FloatTraits<double> {
   using Bits = uint64_t;
 };
 
-// The neighbouring floating-point number towards +infinity; NaN and +infinity are returned as they are.
+// The number whose bits, read as an integer, lie `count` further: for positive numbers the count-th next. From
+// +infinity upwards and from 0 downwards lie NaNs.
 template <class T>
-QK_INLINE T next_up(T x) {
+QK_INLINE T offset_bits(T x, int count) {
   using Bits = typename FloatTraits<T>::Bits;
-  constexpr Bits kSign = Bits{1} << (8 * sizeof(Bits) - 1);
-  if (!(x < T(INFINITY))) return x;
-  const Bits bits = bit_cast<Bits>(x);
-  if ((bits & ~kSign) == 0) return bit_cast<T>(Bits{1});
-  return bit_cast<T>((bits & kSign) != 0 ? bits - 1 : bits + 1);
-}
-
-template <class T>
-QK_INLINE T next_down(T x) {
-  return -next_up(-x);
+  return bit_cast<T>(bit_cast<Bits>(x) + static_cast<Bits>(int64_t{count}));
 }
 
 QK_NAMESPACE_END
