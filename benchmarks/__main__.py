@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import accept, chart, machine, plan, tiers
+from benchmarks import accept, chart, heap, machine, plan, tiers
 from benchmarks.case import Measurement, Row, measure, rows_of, table_text, write_csv
 from benchmarks.timing import Effort
 
@@ -32,9 +32,9 @@ class Recorder:
             self.add(measure(build(), effort), machine.cpu_tier())
 
 
-def _run_tiers(recorder: Recorder, mode: plan.Mode) -> tuple[int, list[str]]:
+def _run_tiers(recorder: Recorder, mode: plan.Mode, keeps_memory: bool) -> tuple[int, list[str]]:
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(tiers.Worker(tier)) for tier in machine.available_tiers()]
+        workers = [stack.enter_context(tiers.Worker(tier, keeps_memory)) for tier in machine.available_tiers()]
         most = plan.thread_counts()[-1]
         for measurement in tiers.measure_tiers(workers, mode.tier_sizes, most, mode.tiers):
             recorder.add(measurement, tiers.TIERS)
@@ -52,6 +52,12 @@ def _parse() -> argparse.Namespace:
         default=("kernels", "training", "tiers"),
         help="what to measure; lines that need the rest say 'not measured'",
     )
+    parser.add_argument(
+        "--heap",
+        choices=("kept", "default"),
+        default="kept",
+        help="kept: freed memory stays mapped; default: as the C library does it, with page faults in every figure",
+    )
     return parser.parse_args()
 
 
@@ -60,7 +66,8 @@ def main() -> None:
     arguments = _parse()
     mode = plan.QUICK if arguments.quick else plan.FULL
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao announces its own
-    described = machine.description()
+    keeps_memory = arguments.heap == "kept" and heap.keep_freed_memory()
+    described = machine.description(keeps_memory)
     print(described, flush=True)
     recorder = Recorder()
     digests = None
@@ -69,7 +76,7 @@ def main() -> None:
     if "training" in arguments.parts:
         recorder.run(plan.training_cases(mode), mode.training)
     if "tiers" in arguments.parts:
-        digests = _run_tiers(recorder, mode)
+        digests = _run_tiers(recorder, mode, keeps_memory)
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.output / f"{mode.name}.csv", recorder.rows)
     chart.draw(arguments.output / f"{mode.name}.png", recorder.rows, described)

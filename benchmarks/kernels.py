@@ -357,21 +357,32 @@ def dorefa_activation(setting: Setting, phase: str) -> Case:
     )
 
 
+THROUGH_AUTOGRAD = "quantkernels, through autograd"
+
+
 def dorefa_gradient(setting: Setting) -> Case:
-    """The identity forward and the quantized gradient, against the eager composition's quantization alone."""
+    """The operator that quantizes a gradient; beside it, the same as autograd calls it for one identity alone."""
     x = _input(setting).requires_grad_()
     g = _input(setting, spread=1e-3)
-    states = [torch.tensor([_SEED, 0], device=setting.device) for _ in range(2)]
 
-    def run(function: Callable[[Tensor, Tensor, int], Tensor], state: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: torch.autograd.grad(function(x, state, _BITS), x, g)
+    def state() -> Tensor:
+        return torch.tensor([_SEED, 0], device=setting.device)
 
+    def through_autograd(function: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        rng_state = state()
+        return lambda: torch.autograd.grad(function(x, rng_state, _BITS), x, g)
+
+    ours = state()
+    competition = {
+        THROUGH_AUTOGRAD: Candidate(through_autograd(functional.dorefa_gradient)),
+        EAGER: Candidate(lambda: peers.eager_dorefa_gradient(g, _BITS), tolerance=None),
+    }
     candidates = {
         **_memory_speed(g),
-        OURS: Candidate(run(functional.dorefa_gradient, states[0])),
-        **_chosen(setting, {EAGER: Candidate(lambda: peers.eager_dorefa_gradient(g, _BITS), tolerance=None)}),
+        OURS: Candidate(lambda: torch.ops.quantkernels.dorefa_gradient(g, ours, _BITS)),
+        **_chosen(setting, competition),
     }
-    expected = run(reference.dorefa_gradient, states[1])
+    expected = through_autograd(reference.dorefa_gradient)
     return Case(setting.workload("dorefa_gradient", BACKWARD), candidates, expected, _bytes(setting, 3))
 
 

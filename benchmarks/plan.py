@@ -30,7 +30,7 @@ class Mode:
 
 QUICK = Mode(
     "quick",
-    kernels=Effort(rounds=9, fewest_rounds=3, seconds=0.3),
+    kernels=Effort(rounds=11, fewest_rounds=5, seconds=0.5),
     training=Effort(rounds=7, fewest_rounds=3, seconds=2.5),
     tiers=Effort(rounds=9, fewest_rounds=9, seconds=1.0),
     tier_sizes=(2**20, 2**22),
@@ -76,7 +76,7 @@ _QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
     "min_max": {20: ("torch.aminmax",)},
     "dorefa_weight": {16: (EAGER,), 20: (EAGER,)},
     "dorefa_activation": {20: (EAGER,)},
-    "dorefa_gradient": {18: (EAGER,), 20: (EAGER,), 22: (EAGER,)},
+    "dorefa_gradient": dict.fromkeys((18, 20, 22), (EAGER, kernels.THROUGH_AUTOGRAD)),
 }
 
 

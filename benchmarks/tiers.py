@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import heap
 from benchmarks.case import COPY, OURS, Case, Measurement, Workload
 from benchmarks.kernels import GRID, Setting
 from benchmarks.timing import Effort, calibrate, take_sample
@@ -32,15 +33,16 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _SHAPE = (5, 24, 33, 37)  # several threads' worth, and ragged in every dimension
 _AXES = (None, 0, 1, 3)
 _TIER_VARIABLE = "QUANTKERNELS_CPU_CAPABILITY"
+_KEEP_MEMORY = "--keep-memory"
 
 
 class Worker:
     """A process that runs on one tier; a context manager."""
 
-    def __init__(self, tier: str) -> None:
+    def __init__(self, tier: str, keeps_memory: bool) -> None:
         self.tier = tier
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.tiers"],
+            [sys.executable, "-m", "benchmarks.tiers", *([_KEEP_MEMORY] if keeps_memory else [])],
             env={**os.environ, _TIER_VARIABLE: tier},
             cwd=Path(__file__).resolve().parent.parent,
             stdin=subprocess.PIPE,
@@ -177,6 +179,8 @@ class _Answers:
 
 
 def _serve() -> None:
+    if _KEEP_MEMORY in sys.argv:
+        heap.keep_freed_memory()
     answers = _Answers()
     for line in sys.stdin:
         request = json.loads(line)

@@ -68,9 +68,9 @@ struct Kernels {
   // After dorefa_weight_sums of all parts. `through_largest` is what each of the largest elements gets through the
   // maximum, per unit of its sign.
   void (*dorefa_weight_gradient)(const DoReFaWeightGradientJob&, double through_largest, int64_t begin, int64_t end);
-  void (*dorefa_activation)(const DoReFaActivationJob&, int64_t begin, int64_t end);
+  void (*dorefa_activation)(const DoReFaActivationJob&, Store, int64_t begin, int64_t end);
   // `largest` holds max|g| per sample in the compute type.
-  void (*dorefa_gradient)(const DoReFaGradientJob&, const void* largest, int64_t begin, int64_t end);
+  void (*dorefa_gradient)(const DoReFaGradientJob&, const void* largest, Store, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

@@ -36,7 +36,7 @@ void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const Affi
   int64_t i = 0;
   for (; i + kBlockVectors <= count; i += kBlockVectors) {
     LaneBits bits[kBlockVectors];
-    prefetch_block(x + i * kLanes);
+    prefetch_vectors<kBlockVectors>(x + i * kLanes);
     for (int v = 0; v < kBlockVectors; ++v) {
       bits[v] = quantize_vector<mode, store, S, T>(x + (i + v) * kLanes, y + (i + v) * kLanes, c);
     }
@@ -339,7 +339,7 @@ void straight_through_typed(const StraightThroughJob& job, int64_t begin, int64_
   for (; i + kBlock <= end; i += kBlock) {
     LaneBits bits[kBlockVectors];
     std::memcpy(bits, job.mask + i / 8, sizeof(bits));
-    prefetch_block(from + i);
+    prefetch_vectors<kBlockVectors>(from + i);
     for (int v = 0; v < kBlockVectors; ++v) {
       copy_selected_lanes<store>(bits[v], from + i + v * kLanes, to + i + v * kLanes);
     }

@@ -8,12 +8,12 @@
 #include "../numerics/philox.h"
 #include "dispatch.h"
 #include "kernels.h"
+#include "vector_twin.h"
 
 QK_NAMESPACE_BEGIN
 
-template <class T>
-QK_INLINE Levels<Vector<T>> broadcast(const Levels<T>& levels) {
-  using V = Vector<T>;
+template <class V, class T>
+QK_INLINE Levels<V> broadcast(const Levels<T>& levels) {
   return {V::broadcast(levels.n), V::broadcast(levels.inverse_high), V::broadcast(levels.inverse_low)};
 }
 
@@ -25,16 +25,21 @@ struct Padded {
   Padded(const S* from, int64_t count) { std::copy_n(from, count, element); }
 };
 
-// out[i] = f(in[i]...) for i in [begin, end), kLanes at a time.
-template <class S, class F, class... In>
+// out[i] = f(in[i]...) for i in [begin, end), two vectors at a time; f takes single vectors and twins.
+template <Store store, class S, class F, class... In>
 QK_INLINE void map_vectors(int64_t begin, int64_t end, S* out, const F& f, const In*... in) {
   using V = Vector<typename ComputeType<S>::type>;
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(V::load(in + i)...).store(out + i);
-  if (i == end) return;
-  S last[kLanes];
-  f(V::load(Padded<In>(in + i, end - i).element)...).store(last);
-  std::copy_n(last, end - i, out + i);
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    prefetch_vectors<2>(in + i...);
+    put<store>(f(Twin<V>::load(in + i)...), out + i);
+  }
+  for (; i < end; i += kLanes) {
+    const int64_t valid = std::min<int64_t>(kLanes, end - i);
+    S last[kLanes];
+    f(V::load(Padded<In>(in + i, valid).element)...).store(last);
+    std::copy_n(last, valid, out + i);
+  }
 }
 
 inline void tanh_of(DType dtype, const void* magnitude, void* result) {
@@ -72,23 +77,24 @@ inline double magnitude_sum(const DoReFaWeightJob& job, int64_t begin, int64_t e
 template <class S>
 void dorefa_weight_typed(const DoReFaWeightJob& job, int64_t begin, int64_t end) {
   using T = typename ComputeType<S>::type;
-  using V = Vector<T>;
   const S* x = static_cast<const S*>(job.input);
   S* y = static_cast<S*>(job.output);
   const T statistic = *static_cast<const T*>(job.statistic);
-  const V one = V::broadcast(1);
   if (job.bits == 1) {
-    const V zero = V::broadcast(0);
-    const V mean = V::broadcast(statistic);
-    map_vectors(begin, end, y, [&](V w) { return dorefa_sign_element(w, mean, zero); }, x);
-    return;
+    const auto element = [=](auto w) QK_INLINE_LAMBDA {
+      using V = decltype(w);
+      return dorefa_sign_element(w, V::broadcast(statistic), V::broadcast(T(0)));
+    };
+    return map_vectors<Store::kCached>(begin, end, y, element, x);
   }
-  const Levels<V> levels = broadcast(make_levels<T>(job.bits));
-  const V half = V::broadcast(T(0.5));
-  const V twice_largest = V::broadcast(statistic == T(0) ? T(1) : T(2) * statistic);
-  map_vectors(
-      begin, end, y,
-      [&](V w) { return dorefa_weight_element<kHasFusedMultiplyAdd<T>>(w, twice_largest, levels, one, half); }, x);
+  const Levels<T> levels = make_levels<T>(job.bits);
+  const T twice_largest = statistic == T(0) ? T(1) : T(2) * statistic;
+  const auto element = [=](auto w) QK_INLINE_LAMBDA {
+    using V = decltype(w);
+    return dorefa_weight_element<kHasFusedMultiplyAdd<T>>(w, V::broadcast(twice_largest), broadcast<V>(levels),
+                                                          V::broadcast(T(1)), V::broadcast(T(0.5)));
+  };
+  map_vectors<Store::kCached>(begin, end, y, element, x);
 }
 
 inline void dorefa_weight(const DoReFaWeightJob& job, int64_t begin, int64_t end) {
@@ -115,17 +121,21 @@ cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& jo
     product = add_products(product, gradient, t);
   };
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const V t = hyperbolic_tangent(V::load(w + i));
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+    const Twin<V> t = hyperbolic_tangent(Twin<V>::load(w + i));
     if constexpr (kKeepsTanh<S>) t.store(kept + i);
-    add(V::load(g + i), t, kLanes);
+    add(V::load(g + i), t.first, kLanes);
+    add(V::load(g + i + kLanes), t.second, kLanes);
   }
-  if (i < end) {
-    const V t = hyperbolic_tangent(V::load(Padded<S>(w + i, end - i).element));
-    S last[kLanes];
-    t.store(last);
-    if constexpr (kKeepsTanh<S>) std::copy_n(last, end - i, kept + i);
-    add(V::load(Padded<S>(g + i, end - i).element), t, end - i);
+  for (; i < end; i += kLanes) {
+    const int64_t valid = std::min<int64_t>(kLanes, end - i);
+    const V t = hyperbolic_tangent(V::load(Padded<S>(w + i, valid).element));
+    if constexpr (kKeepsTanh<S>) {
+      S last[kLanes];
+      t.store(last);
+      std::copy_n(last, valid, kept + i);
+    }
+    add(V::load(Padded<S>(g + i, valid).element), t, valid);
   }
   return {sum_of_lanes(product), static_cast<double>(count)};
 }
@@ -141,29 +151,26 @@ template <class S>
 void dorefa_weight_gradient_typed(const DoReFaWeightGradientJob& job, double through_largest, int64_t begin,
                                   int64_t end) {
   using T = typename ComputeType<S>::type;
-  using V = Vector<T>;
   const T statistic = *static_cast<const T*>(job.statistic);
   S* y = static_cast<S*>(job.grad_input);
   if (statistic == T(0)) {  // all weights zero: the quotient is the constant 0
     std::fill(y + begin, y + end, S{});
     return;
   }
-  const V largest = V::broadcast(statistic);
-  const V through = V::broadcast(static_cast<T>(through_largest));
-  const V one = V::broadcast(1);
-  const V zero = V::broadcast(0);
+  const T through = static_cast<T>(through_largest);
+  const auto element = [=](auto gradient, auto t) QK_INLINE_LAMBDA {
+    using V = decltype(t);
+    return dorefa_weight_gradient(gradient, t, V::broadcast(statistic), V::broadcast(through), V::broadcast(T(1)),
+                                  V::broadcast(T(0)));
+  };
   const S* g = static_cast<const S*>(job.grad_output);
   const S* w = static_cast<const S*>(job.weight);
   if constexpr (kKeepsTanh<S>) {
-    const auto element = [&](V gradient, V t) {
-      return dorefa_weight_gradient(gradient, t, largest, through, one, zero);
-    };
-    map_vectors(begin, end, y, element, g, static_cast<const S*>(y));
+    map_vectors<Store::kCached>(begin, end, y, element, g, static_cast<const S*>(y));
   } else {
-    const auto element = [&](V gradient, V weight) {
-      return dorefa_weight_gradient(gradient, hyperbolic_tangent(weight), largest, through, one, zero);
-    };
-    map_vectors(begin, end, y, element, g, w);
+    const auto of_weight = [=](auto gradient, auto weight)
+                               QK_INLINE_LAMBDA { return element(gradient, hyperbolic_tangent(weight)); };
+    map_vectors<Store::kCached>(begin, end, y, of_weight, g, w);
   }
 }
 
@@ -174,92 +181,142 @@ inline void dorefa_weight_gradient(const DoReFaWeightGradientJob& job, double th
   });
 }
 
-template <class S>
+template <Store store, class S>
 void dorefa_activation_typed(const DoReFaActivationJob& job, int64_t begin, int64_t end) {
   using T = typename ComputeType<S>::type;
   using V = Vector<T>;
   const S* x = static_cast<const S*>(job.input);
   S* y = static_cast<S*>(job.output);
-  const Levels<V> levels = broadcast(make_levels<T>(job.bits));
+  const Levels<V> levels = broadcast<V>(make_levels<T>(job.bits));
   const V one = V::broadcast(1);
   const V zero = V::broadcast(0);
+  const auto vector_at = [&](const S* from, S* to) QK_INLINE_LAMBDA {
+    const V value = V::load(from);
+    put<store>(dorefa_activation_element<kHasFusedMultiplyAdd<T>>(value, levels, one, zero), to);
+    return inclusively_between(value, zero, one);
+  };
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    const V value = V::load(x + i);
-    const LaneBits bits = inclusively_between(value, zero, one);
-    dorefa_activation_element<kHasFusedMultiplyAdd<T>>(value, levels, one, zero).store(y + i);
-    std::memcpy(job.mask + i / 8, &bits, sizeof(bits));
+  for (; i + kBlock <= end; i += kBlock) {
+    LaneBits bits[kBlockVectors];
+    prefetch_vectors<kBlockVectors>(x + i);
+    for (int v = 0; v < kBlockVectors; ++v) bits[v] = vector_at(x + i + v * kLanes, y + i + v * kLanes);
+    std::memcpy(job.mask + i / 8, bits, sizeof(bits));
   }
-  if (i == end) return;
-  const V value = V::load(Padded<S>(x + i, end - i).element);
-  S last[kLanes];
-  dorefa_activation_element<kHasFusedMultiplyAdd<T>>(value, levels, one, zero).store(last);
-  std::copy_n(last, end - i, y + i);
-  const LaneBits bits = inclusively_between(value, zero, one) & static_cast<LaneBits>((1u << (end - i)) - 1);
-  std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
+  for (; i < end; i += kLanes) {
+    const int64_t valid = std::min<int64_t>(kLanes, end - i);
+    alignas(64) S last[kLanes];
+    const LaneBits all = vector_at(Padded<S>(x + i, valid).element, last);
+    const LaneBits bits = all & static_cast<LaneBits>((1u << valid) - 1);
+    std::copy_n(last, valid, y + i);
+    std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((valid + 7) / 8));
+  }
 }
 
-inline void dorefa_activation(const DoReFaActivationJob& job, int64_t begin, int64_t end) {
-  dispatch_storage(job.dtype, [&](auto storage) { dorefa_activation_typed<decltype(storage)>(job, begin, end); });
+inline void dorefa_activation(const DoReFaActivationJob& job, Store store, int64_t begin, int64_t end) {
+  dispatch_storage(job.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (store == Store::kCached || !is_vector_aligned(static_cast<const S*>(job.output))) {
+      return dorefa_activation_typed<Store::kCached, S>(job, begin, end);
+    }
+    dorefa_activation_typed<Store::kStreamed, S>(job, begin, end);
+    order_streamed_stores();
+  });
 }
 
-// Noise of 64 consecutive elements: 16 Philox blocks side by side, so that every step of a round is one vector
-// operation.
-constexpr int64_t kNoiseBlock = 64;
+// Elements that get their noise at a time; it stays in the first-level cache.
+constexpr int kNoiseElements = 8 * kBlock;
 
-template <class T>
-QK_INLINE void fill_noise(int64_t first_element, PhiloxKey key, int64_t step, T* noise) {
-  // The first block is a multiple of 16, so the low words count up without a carry.
-  const PhiloxBlock counter = philox_counter(first_element / 4, step);
-  const PhiloxWords<Words> random =
-      philox4x32(PhiloxWords<Words>{{Words::count_from(counter.word[0]), Words::broadcast(counter.word[1]),
-                                     Words::broadcast(counter.word[2]), Words::broadcast(counter.word[3])}},
-                 key);
-  uint32_t words[kNoiseBlock];
-  store_interleaved(random.word[0], random.word[1], random.word[2], random.word[3], words);
-  for (int64_t i = 0; i < kNoiseBlock; ++i) noise[i] = static_cast<T>(centred_uniform(words[i]));
+// The noise of kNoiseElements consecutive elements. Philox blocks lie side by side, so that every step of a round is a
+// vector operation, and two of those fill each other's gaps.
+inline void draw_noise(int64_t first_element, const PhiloxKeys& keys, int64_t step, float* noise) {
+  for (int64_t i = 0; i < kNoiseElements; i += 2 * kBlock) {
+    // The first blocks are multiples of 16, so the low words count up without a carry.
+    const PhiloxBlock counter = philox_counter((first_element + i) / 4, step);
+    const PhiloxBlock next = philox_counter((first_element + i + kBlock) / 4, step);
+    const PhiloxWords<Twin<Words>> words =
+        philox4x32(PhiloxWords<Twin<Words>>{{{Words::count_from(counter.word[0]), Words::count_from(next.word[0])},
+                                             {Words::broadcast(counter.word[1]), Words::broadcast(next.word[1])},
+                                             Twin<Words>::broadcast(counter.word[2]),
+                                             Twin<Words>::broadcast(counter.word[3])}},
+                   keys);
+    Vector<float> uniform[2 * kBlockVectors];
+    centred_uniforms({{words.word[0].first, words.word[1].first, words.word[2].first, words.word[3].first}}, uniform);
+    centred_uniforms({{words.word[0].second, words.word[1].second, words.word[2].second, words.word[3].second}},
+                     uniform + kBlockVectors);
+    for (int v = 0; v < 2 * kBlockVectors; ++v) uniform[v].store(noise + i + v * kLanes);
+  }
 }
 
-template <class S>
-void dorefa_gradient_typed(const DoReFaGradientJob& job, const void* largest, int64_t begin, int64_t end) {
+template <Store store, class S>
+class GradientWalk {
   using T = typename ComputeType<S>::type;
-  using V = Vector<T>;
-  const S* g = static_cast<const S*>(job.grad_output);
-  S* y = static_cast<S*>(job.grad_input);
-  const Levels<V> levels = broadcast(make_levels<T>(job.bits));
-  const V one = V::broadcast(1);
-  const V half = V::broadcast(T(0.5));
-  const V zero = V::broadcast(0);
-  const PhiloxKey key = philox_key(job.rng_state[0]);
-  int64_t sample = begin / job.inner;
-  for (int64_t block = begin; block < end; block += kNoiseBlock) {
-    T noise[kNoiseBlock + kLanes] = {};
-    fill_noise(block, key, job.rng_state[1], noise);
-    const int64_t block_end = std::min(block + kNoiseBlock, end);
-    for (int64_t i = block; i < block_end;) {
-      const int64_t stop = std::min(block_end, (sample + 1) * job.inner);
-      const T m = static_cast<const T*>(largest)[sample];
-      if (m == T(0)) {
-        std::fill(y + i, y + stop, S{});
-      } else {
-        const V twice = V::broadcast(T(2) * m);
-        map_vectors(
-            0, stop - i, y + i,
-            [&](V value, V sigma) {
-              return dorefa_gradient_element<kHasFusedMultiplyAdd<T>>(value, sigma, twice, levels, one, half, zero);
-            },
-            g + i, static_cast<const T*>(noise + (i - block)));
+
+ public:
+  GradientWalk(const DoReFaGradientJob& job, const void* largest)
+      : g_(static_cast<const S*>(job.grad_output)),
+        y_(static_cast<S*>(job.grad_input)),
+        largest_(static_cast<const T*>(largest)),
+        inner_(job.inner),
+        keys_(philox_key(job.rng_state[0])),
+        step_(job.rng_state[1]),
+        levels_(make_levels<T>(job.bits)) {}
+
+  void run(int64_t begin, int64_t end) const {
+    int64_t sample = begin / inner_;
+    for (int64_t first = begin; first < end; first += kNoiseElements) {
+      float noise[kNoiseElements];
+      draw_noise(first, keys_, step_, noise);
+      const int64_t last = std::min(first + kNoiseElements, end);
+      for (int64_t i = first; i < last;) {
+        const int64_t stop = std::min(last, (sample + 1) * inner_);
+        quantize_run(i, stop, noise + (i - first), largest_[sample]);
+        i = stop;
+        if (i == (sample + 1) * inner_) ++sample;
       }
-      i = stop;
-      if (i == (sample + 1) * job.inner) ++sample;
     }
   }
-}
 
-inline void dorefa_gradient(const DoReFaGradientJob& job, const void* largest, int64_t begin, int64_t end) {
+ private:
+  // Elements [begin, end) of one sample.
+  void quantize_run(int64_t begin, int64_t end, const float* noise, T m) const {
+    if (m == T(0)) {
+      std::fill(y_ + begin, y_ + end, S{});
+      return;
+    }
+    const Levels<T> levels = levels_;
+    const auto element = [=](auto g, auto sigma) QK_INLINE_LAMBDA {
+      using W = decltype(g);
+      return dorefa_gradient_element<kHasFusedMultiplyAdd<T>>(g, sigma, W::broadcast(T(2) * m), broadcast<W>(levels),
+                                                              W::broadcast(T(1)), W::broadcast(T(0.5)),
+                                                              W::broadcast(T(0)));
+    };
+    if (store == Store::kStreamed && is_vector_aligned(y_ + begin)) {
+      map_vectors<store>(0, end - begin, y_ + begin, element, g_ + begin, noise);
+    } else {
+      map_vectors<Store::kCached>(0, end - begin, y_ + begin, element, g_ + begin, noise);
+    }
+  }
+
+  const S* g_;
+  S* y_;
+  const T* largest_;
+  int64_t inner_;
+  PhiloxKeys keys_;
+  int64_t step_;
+  Levels<T> levels_;
+};
+
+inline void dorefa_gradient(const DoReFaGradientJob& job, const void* largest, Store store, int64_t begin,
+                            int64_t end) {
   if (begin >= end) return;
-  dispatch_storage(job.dtype,
-                   [&](auto storage) { dorefa_gradient_typed<decltype(storage)>(job, largest, begin, end); });
+  dispatch_storage(job.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if (store == Store::kCached || !is_vector_aligned(static_cast<const S*>(job.grad_input))) {
+      return GradientWalk<Store::kCached, S>(job, largest).run(begin, end);
+    }
+    GradientWalk<Store::kStreamed, S>(job, largest).run(begin, end);
+    order_streamed_stores();
+  });
 }
 
 QK_NAMESPACE_END

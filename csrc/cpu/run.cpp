@@ -69,8 +69,8 @@ void parallel_elements(ParallelFor parallel_for, int64_t numel, const F& body) {
            [&](int64_t begin, int64_t end) { body(begin * kPartAlignment, std::min(end * kPartAlignment, numel)); });
 }
 
-// Half of a last-level cache of 32 MB, as a few cores share: a result as large leaves no room there for what was read to
-// compute it. A constant, since what sysconf tells of the cache is wrong by a factor of ten on some processors.
+// Half of a last-level cache of 32 MB, as a few cores share: a result as large leaves no room there for what was read
+// to compute it. A constant, since what sysconf tells of the cache is wrong by a factor of ten on some processors.
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 Store store_for(const void* input, const void* output, int64_t bytes) {
@@ -260,8 +260,11 @@ void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
   const std::vector<T> largest =
       largest_magnitudes<T>(job.dtype, job.grad_output, {1, job.samples, job.inner}, parallel_for);
   const Kernels& kernels = active_kernels();
-  parallel_elements(parallel_for, job.samples * job.inner,
-                    [&](int64_t begin, int64_t end) { kernels.dorefa_gradient(job, largest.data(), begin, end); });
+  const int64_t numel = job.samples * job.inner;
+  const Store store = store_for(job.grad_output, job.grad_input, numel * element_size(job.dtype));
+  parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
+    kernels.dorefa_gradient(job, largest.data(), store, begin, end);
+  });
 }
 
 }  // namespace
@@ -347,8 +350,9 @@ void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for) {
 
 void run(const DoReFaActivationJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
+  const Store store = store_for(job.input, job.output, job.numel * element_size(job.dtype));
   parallel_elements(parallel_for, job.numel,
-                    [&](int64_t begin, int64_t end) { kernels.dorefa_activation(job, begin, end); });
+                    [&](int64_t begin, int64_t end) { kernels.dorefa_activation(job, store, begin, end); });
 }
 
 void run(const DoReFaGradientJob& job, ParallelFor parallel_for) {

@@ -184,57 +184,55 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t
   put_bits<store>(_mm256_and_si256(load_bits(from), keep), to);
 }
 
-// Words of 16 Philox blocks side by side.
+// Words of 16 Philox blocks, each in the lower half of a 64-bit lane, where the multiplier wants them; what the upper
+// halves hold is ignored.
 struct Words {
-  __m256i low, high;
+  __m256i part[4];  // 4 blocks each
 
   static QK_INLINE Words broadcast(uint32_t word) {
-    const __m256i all = _mm256_set1_epi32(static_cast<int32_t>(word));
-    return {all, all};
+    const __m256i all = _mm256_set1_epi64x(word);
+    return {{all, all, all, all}};
   }
   // first, first + 1, ...
   static QK_INLINE Words count_from(uint32_t first) {
-    const Words all = broadcast(first);
-    return {_mm256_add_epi32(all.low, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
-            _mm256_add_epi32(all.high, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+    Words words = broadcast(first);
+    for (int i = 0; i < 4; ++i) {
+      words.part[i] = _mm256_add_epi64(words.part[i], _mm256_setr_epi64x(4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3));
+    }
+    return words;
   }
 };
-// The 32-bit multiplier takes even lanes only; odd ones are shifted there and their products put back.
-struct WideProduct256 {
-  __m256i high, low;
-};
-QK_INLINE WideProduct256 multiply_wide(__m256i constant, __m256i words) {
-  const __m256i even = _mm256_mul_epu32(words, constant);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(words, 32), constant);
-  return {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa),
-          _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, const Words& words) {
+  const __m256i c = _mm256_set1_epi64x(constant);
+  WideProduct<Words> product;
+  for (int i = 0; i < 4; ++i) {
+    product.low.part[i] = _mm256_mul_epu32(words.part[i], c);
+    product.high.part[i] = _mm256_srli_epi64(product.low.part[i], 32);
+  }
+  return product;
 }
-QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, Words words) {
-  const __m256i c = _mm256_set1_epi32(static_cast<int32_t>(constant));
-  const WideProduct256 low = multiply_wide(c, words.low);
-  const WideProduct256 high = multiply_wide(c, words.high);
-  return {{low.high, high.high}, {low.low, high.low}};
-}
-QK_INLINE Words exclusive_or(Words a, Words b, uint32_t key) {
+QK_INLINE Words exclusive_or(Words a, const Words& b, uint32_t key) {
   const __m256i k = _mm256_set1_epi32(static_cast<int32_t>(key));
-  return {_mm256_xor_si256(_mm256_xor_si256(a.low, b.low), k), _mm256_xor_si256(_mm256_xor_si256(a.high, b.high), k)};
+  for (int i = 0; i < 4; ++i) a.part[i] = _mm256_xor_si256(_mm256_xor_si256(a.part[i], b.part[i]), k);
+  return a;
 }
 
-// out[4 i + w] = word w of lane i: a transposition of 4 x 4 words in each 128-bit half, then of the halves.
-QK_INLINE void store_interleaved(__m256i a, __m256i b, __m256i c, __m256i d, uint32_t* out) {
-  const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
-  const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-  const __m256i lane0 = _mm256_unpacklo_epi64(ab_low, cd_low), lane1 = _mm256_unpackhi_epi64(ab_low, cd_low);
-  const __m256i lane2 = _mm256_unpacklo_epi64(ab_high, cd_high), lane3 = _mm256_unpackhi_epi64(ab_high, cd_high);
-  __m256i* q = reinterpret_cast<__m256i*>(out);
-  _mm256_storeu_si256(q, _mm256_permute2x128_si256(lane0, lane1, 0x20));
-  _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(lane2, lane3, 0x20));
-  _mm256_storeu_si256(q + 2, _mm256_permute2x128_si256(lane0, lane1, 0x31));
-  _mm256_storeu_si256(q + 3, _mm256_permute2x128_si256(lane2, lane3, 0x31));
+QK_INLINE __m256 centred_uniform(__m256i words) {
+  const __m256 integer = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8));
+  return _mm256_fmadd_ps(integer, _mm256_set1_ps(0x1p-24f), _mm256_set1_ps(-0.5f));
 }
-QK_INLINE void store_interleaved(Words a, Words b, Words c, Words d, uint32_t* out) {
-  store_interleaved(a.low, b.low, c.low, d.low, out);
-  store_interleaved(a.high, b.high, c.high, d.high, out + 32);
+// Blocks one after the other, their words in order: 16 words from the lower halves of 4 lanes each.
+QK_INLINE F32 centred_uniforms(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i ab = _mm256_blend_epi32(a, _mm256_shuffle_epi32(b, 0xa0), 0xaa);
+  const __m256i cd = _mm256_blend_epi32(c, _mm256_shuffle_epi32(d, 0xa0), 0xaa);
+  const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
+  return {centred_uniform(_mm256_permute2x128_si256(even, odd, 0x20)),
+          centred_uniform(_mm256_permute2x128_si256(even, odd, 0x31))};
+}
+QK_INLINE void centred_uniforms(const PhiloxWords<Words>& w, F32* out) {
+  for (int v = 0; v < kBlockVectors; ++v) {
+    out[v] = centred_uniforms(w.word[0].part[v], w.word[1].part[v], w.word[2].part[v], w.word[3].part[v]);
+  }
 }
 
 QK_NAMESPACE_END

@@ -131,42 +131,49 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t
   }
 }
 
-// Words of 16 Philox blocks side by side.
+// Words of 16 Philox blocks, each in the lower half of a 64-bit lane, where the multiplier wants them; what the upper
+// halves hold is ignored.
 struct Words {
-  __m512i value;
+  __m512i first, second;  // blocks 0 to 7, 8 to 15
 
-  static QK_INLINE Words broadcast(uint32_t word) { return {_mm512_set1_epi32(static_cast<int32_t>(word))}; }
+  static QK_INLINE Words broadcast(uint32_t word) {
+    const __m512i all = _mm512_set1_epi64(word);
+    return {all, all};
+  }
   // first, first + 1, ...
   static QK_INLINE Words count_from(uint32_t first) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return {_mm512_add_epi32(broadcast(first).value, lanes)};
+    const Words all = broadcast(first);
+    return {_mm512_add_epi64(all.first, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)),
+            _mm512_add_epi64(all.second, _mm512_setr_epi64(8, 9, 10, 11, 12, 13, 14, 15))};
   }
 };
-// The 32-bit multiplier takes even lanes only; odd ones are shifted there and their products put back.
 QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, Words words) {
-  const __m512i c = _mm512_set1_epi32(static_cast<int32_t>(constant));
-  const __m512i even = _mm512_mul_epu32(words.value, c);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(words.value, 32), c);
-  return {{_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)},
-          {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))}};
+  const __m512i c = _mm512_set1_epi64(constant);
+  const Words low = {_mm512_mul_epu32(words.first, c), _mm512_mul_epu32(words.second, c)};
+  return {{_mm512_srli_epi64(low.first, 32), _mm512_srli_epi64(low.second, 32)}, low};
 }
 QK_INLINE Words exclusive_or(Words a, Words b, uint32_t key) {
+  constexpr int kOddParity = 0x96;
   const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(key));
-  return {_mm512_xor_si512(_mm512_xor_si512(a.value, b.value), k)};
+  return {_mm512_ternarylogic_epi32(a.first, b.first, k, kOddParity),
+          _mm512_ternarylogic_epi32(a.second, b.second, k, kOddParity)};
 }
 
-// out[4 i + w] = word w of lane i: a transposition of 4 x 4 words in each 128-bit quarter, then of the quarters.
-QK_INLINE void store_interleaved(Words a, Words b, Words c, Words d, uint32_t* out) {
-  const __m512i ab_low = _mm512_unpacklo_epi32(a.value, b.value), ab_high = _mm512_unpackhi_epi32(a.value, b.value);
-  const __m512i cd_low = _mm512_unpacklo_epi32(c.value, d.value), cd_high = _mm512_unpackhi_epi32(c.value, d.value);
-  const __m512i lane0 = _mm512_unpacklo_epi64(ab_low, cd_low), lane1 = _mm512_unpackhi_epi64(ab_low, cd_low);
-  const __m512i lane2 = _mm512_unpacklo_epi64(ab_high, cd_high), lane3 = _mm512_unpackhi_epi64(ab_high, cd_high);
-  const __m512i even01 = _mm512_shuffle_i32x4(lane0, lane1, 0x88), odd01 = _mm512_shuffle_i32x4(lane0, lane1, 0xdd);
-  const __m512i even23 = _mm512_shuffle_i32x4(lane2, lane3, 0x88), odd23 = _mm512_shuffle_i32x4(lane2, lane3, 0xdd);
-  _mm512_storeu_si512(out, _mm512_shuffle_i32x4(even01, even23, 0x88));
-  _mm512_storeu_si512(out + 16, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
-  _mm512_storeu_si512(out + 32, _mm512_shuffle_i32x4(even01, even23, 0xdd));
-  _mm512_storeu_si512(out + 48, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+// Blocks one after the other, their words in order: 32 words from the lower halves of 8 lanes each.
+QK_INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out) {
+  const __m512i ab = _mm512_mask_shuffle_epi32(a, 0xaaaa, b, _MM_PERM_CCAA);
+  const __m512i cd = _mm512_mask_shuffle_epi32(c, 0xaaaa, d, _MM_PERM_CCAA);
+  out[0] = _mm512_permutex2var_epi64(ab, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), cd);
+  out[1] = _mm512_permutex2var_epi64(ab, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), cd);
+}
+QK_INLINE void centred_uniforms(const PhiloxWords<Words>& w, F32* out) {
+  __m512i words[kBlockVectors];
+  interleave(w.word[0].first, w.word[1].first, w.word[2].first, w.word[3].first, words);
+  interleave(w.word[0].second, w.word[1].second, w.word[2].second, w.word[3].second, words + 2);
+  for (int v = 0; v < kBlockVectors; ++v) {
+    const __m512 integer = _mm512_cvtepi32_ps(_mm512_srli_epi32(words[v], 8));
+    out[v] = {_mm512_fmadd_ps(integer, _mm512_set1_ps(0x1p-24f), _mm512_set1_ps(-0.5f))};
+  }
 }
 
 QK_NAMESPACE_END

@@ -73,14 +73,17 @@ QK_INLINE bool is_vector_aligned(const S* p) {
 // Loops advance by blocks of four vectors: that many are in flight, and share a word of the mask.
 constexpr int kBlockVectors = 4;
 constexpr int kBlock = kBlockVectors * kLanes;
-// Asks for a block's lines, far enough ahead to hide the memory's latency. The processor's own prefetcher loses track
-// when a loop reads or writes the mask beside its input and output.
-template <class S>
-QK_INLINE void prefetch_block(const S* p) {
+// Asks for the lines of `vectors` vectors, far enough ahead to hide the memory's latency. The processor's own
+// prefetcher loses track when a loop reads or writes the mask beside its input and output.
+template <int vectors, class... S>
+QK_INLINE void prefetch_vectors(const S*... p) {
   constexpr int kDistance = 1024;  // bytes
   constexpr int kLine = 64;
-  const char* const ahead = reinterpret_cast<const char*>(p) + kDistance;
-  for (size_t byte = 0; byte < kBlock * sizeof(S); byte += kLine) __builtin_prefetch(ahead + byte);
+  const auto prefetch = [](const auto* pointer) QK_INLINE_LAMBDA {
+    const char* const ahead = reinterpret_cast<const char*>(pointer) + kDistance;
+    for (size_t byte = 0; byte < vectors * kLanes * sizeof(*pointer); byte += kLine) __builtin_prefetch(ahead + byte);
+  };
+  (prefetch(p), ...);
 }
 
 // Words of kLanes Philox blocks side by side.
@@ -108,18 +111,14 @@ QK_INLINE WideProduct<LanesU32> multiply_wide(uint32_t constant, LanesU32 words)
   }
   return r;
 }
-// out[4 i + w] = word w of lane i.
-QK_INLINE void store_interleaved(LanesU32 a, LanesU32 b, LanesU32 c, LanesU32 d, uint32_t* out) {
-  for (int i = 0; i < kLanes; ++i) {
-    out[4 * i] = a.lane[i];
-    out[4 * i + 1] = b.lane[i];
-    out[4 * i + 2] = c.lane[i];
-    out[4 * i + 3] = d.lane[i];
-  }
-}
 QK_INLINE LanesU32 exclusive_or(LanesU32 a, LanesU32 b, uint32_t key) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] ^= b.lane[i] ^ key;
   return a;
+}
+
+// The noise of kBlock elements: blocks one after the other, their words in order.
+QK_INLINE void centred_uniforms(const PhiloxWords<LanesU32>& words, Lanes<float>* out) {
+  for (int i = 0; i < kBlock; ++i) out[i / kLanes].lane[i % kLanes] = centred_uniform(words.word[i % 4].lane[i / 4]);
 }
 
 #define QK_LANEWISE(EXPRESSION)                                            \
