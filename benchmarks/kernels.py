@@ -332,7 +332,7 @@ def observe_fake_quantize_per_channel(setting: Setting, phase: str) -> Case:
 
 
 def dorefa_weight(setting: Setting, phase: str) -> Case:
-    ways = _Ways.build(setting, phase)
+    ways = _Ways.build(setting, phase, spread=0.1)  # as large as weights are; tanh takes longer where some exceed 0.7
     # Read for the maximum and again to quantize, written; backward reads weight and gradient for a sum, then again.
     passes = 3 if phase == FORWARD else 8
     return ways.case(

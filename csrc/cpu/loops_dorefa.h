@@ -51,19 +51,24 @@ inline void tanh_of(DType dtype, const void* magnitude, void* result) {
 }
 
 // Lanes first, then across them in order: the same sum on every tier.
-QK_INLINE double sum_of_lanes(const Lanes<double>& lanes) {
+template <class Sums>
+QK_INLINE double sum_of_lanes(const Sums& sums) {
+  double lanes[kLanes];
+  store_sums(sums, lanes);
   double sum = 0;
-  for (const double lane : lanes.lane) sum += lane;
+  for (const double lane : lanes) sum += lane;
   return sum;
 }
 
 template <class S>
 double magnitude_sum_typed(const S* x, int64_t begin, int64_t end) {
-  Lanes<double> sum = Lanes<double>::broadcast(0);
+  using V = Vector<typename ComputeType<S>::type>;
+  typename SumsOf<V>::type sums = SumsOf<V>::type::zero();
+  const V one = V::broadcast(1);
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) sum = sum + absolute(Lanes<double>::load(x + i));
-  sum = sum + absolute(Lanes<double>::load(Padded<S>(x + i, end - i).element));
-  return sum_of_lanes(sum);
+  for (; i + kLanes <= end; i += kLanes) sums = add_products(sums, absolute(V::load(x + i)), one);
+  sums = add_products(sums, absolute(V::load(Padded<S>(x + i, end - i).element)), one);
+  return sum_of_lanes(sums);
 }
 
 inline double magnitude_sum(const DoReFaWeightJob& job, int64_t begin, int64_t end) {
@@ -113,7 +118,7 @@ cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& jo
   const S* w = static_cast<const S*>(job.weight);
   S* kept = static_cast<S*>(job.grad_input);
   const V largest = V::broadcast(*static_cast<const T*>(job.statistic));
-  Lanes<double> product = Lanes<double>::broadcast(0);
+  typename SumsOf<V>::type product = SumsOf<V>::type::zero();
   int64_t count = 0;
   const auto add = [&](V gradient, V t, int64_t valid) QK_INLINE_LAMBDA {
     const LaneBits bits = inclusively_between(absolute(t), largest, largest);

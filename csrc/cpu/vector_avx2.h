@@ -100,6 +100,10 @@ QK_INLINE F32 select_less(F32 x, F32 bound, F32 below, F32 above) {
   return {_mm256_blendv_ps(above.low, below.low, _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ)),
           _mm256_blendv_ps(above.high, below.high, _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ))};
 }
+QK_INLINE bool all_less(F32 x, F32 bound) {
+  const __m256 low = _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ), high = _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ);
+  return _mm256_movemask_ps(_mm256_and_ps(low, high)) == 0xff;
+}
 QK_INLINE F32 copy_sign(F32 magnitude, F32 sign) {
   const __m256 bit = _mm256_set1_ps(-0.0f);
   return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.low), _mm256_and_ps(bit, sign.low)),
@@ -116,18 +120,31 @@ QK_INLINE __m256 offset_bits(__m256 x, int count) {
 }
 QK_INLINE F32 offset_bits(F32 x, int count) { return {offset_bits(x.low, count), offset_bits(x.high, count)}; }
 
-QK_INLINE void add_products(double* sum, __m256 a, __m256 b) {
-  const __m256d low =
-      _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_castps256_ps128(b)));
-  const __m256d high =
-      _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)), _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
-  _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), low));
-  _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), high));
+// A sum per lane in float64.
+struct F64Sums {
+  __m256d part[4];
+
+  static QK_INLINE F64Sums zero() {
+    const __m256d none = _mm256_setzero_pd();
+    return {{none, none, none, none}};
+  }
+};
+template <>
+struct SumsOf<F32> {
+  using type = F64Sums;
+};
+// The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
+QK_INLINE __m256d add_products(__m256d sum, __m128 a, __m128 b) {
+  return _mm256_fmadd_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b), sum);
 }
-QK_INLINE Lanes<double> add_products(Lanes<double> sum, F32 a, F32 b) {
-  add_products(sum.lane, a.low, b.low);
-  add_products(sum.lane + 8, a.high, b.high);
-  return sum;
+QK_INLINE F64Sums add_products(F64Sums s, F32 a, F32 b) {
+  return {{add_products(s.part[0], _mm256_castps256_ps128(a.low), _mm256_castps256_ps128(b.low)),
+           add_products(s.part[1], _mm256_extractf128_ps(a.low, 1), _mm256_extractf128_ps(b.low, 1)),
+           add_products(s.part[2], _mm256_castps256_ps128(a.high), _mm256_castps256_ps128(b.high)),
+           add_products(s.part[3], _mm256_extractf128_ps(a.high, 1), _mm256_extractf128_ps(b.high, 1))}};
+}
+QK_INLINE void store_sums(const F64Sums& sums, double* to) {
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(to + 4 * i, sums.part[i]);
 }
 
 QK_INLINE LaneBits lane_bits(__m256 low, __m256 high) {

@@ -70,6 +70,7 @@ QK_INLINE F32 absolute(F32 x) { return {_mm512_abs_ps(x.value)}; }
 QK_INLINE F32 select_less(F32 x, F32 bound, F32 below, F32 above) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.value, bound.value, _CMP_LT_OQ), above.value, below.value)};
 }
+QK_INLINE bool all_less(F32 x, F32 bound) { return _mm512_cmp_ps_mask(x.value, bound.value, _CMP_LT_OQ) == 0xffff; }
 QK_INLINE F32 copy_sign(F32 magnitude, F32 sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
   return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.value), _mm512_and_ps(bit, sign.value))};
@@ -83,14 +84,27 @@ QK_INLINE F32 offset_bits(F32 x, int count) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.value), _mm512_set1_epi32(count)))};
 }
 
-QK_INLINE void add_products(double* sum, __m256 a, __m256 b) {
-  const __m512d product = _mm512_mul_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b));
-  _mm512_storeu_pd(sum, _mm512_add_pd(_mm512_loadu_pd(sum), product));
+// A sum per lane in float64.
+struct F64Sums {
+  __m512d low, high;
+
+  static QK_INLINE F64Sums zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+};
+template <>
+struct SumsOf<F32> {
+  using type = F64Sums;
+};
+// The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
+QK_INLINE __m512d add_products(__m512d sum, __m256 a, __m256 b) {
+  return _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), sum);
 }
-QK_INLINE Lanes<double> add_products(Lanes<double> sum, F32 a, F32 b) {
-  add_products(sum.lane, _mm512_castps512_ps256(a.value), _mm512_castps512_ps256(b.value));
-  add_products(sum.lane + 8, _mm512_extractf32x8_ps(a.value, 1), _mm512_extractf32x8_ps(b.value, 1));
-  return sum;
+QK_INLINE F64Sums add_products(F64Sums sums, F32 a, F32 b) {
+  return {add_products(sums.low, _mm512_castps512_ps256(a.value), _mm512_castps512_ps256(b.value)),
+          add_products(sums.high, _mm512_extractf32x8_ps(a.value, 1), _mm512_extractf32x8_ps(b.value, 1))};
+}
+QK_INLINE void store_sums(F64Sums sums, double* to) {
+  _mm512_storeu_pd(to, sums.low);
+  _mm512_storeu_pd(to + 8, sums.high);
 }
 
 QK_INLINE LaneBits strictly_between(F32 x, F32 low, F32 high) {

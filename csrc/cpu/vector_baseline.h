@@ -2,6 +2,8 @@
 // float64). Included inside a tier's namespace; the other vector headers offer the same operations on float.
 #pragma once
 
+#include <algorithm>
+
 #include "../numerics/half.h"
 #include "../numerics/philox.h"
 #include "../numerics/tanh.h"
@@ -180,6 +182,12 @@ QK_INLINE Lanes<T> select_less(Lanes<T> x, Lanes<T> bound, Lanes<T> below, Lanes
   QK_LANEWISE(x.lane[i] < bound.lane[i] ? below.lane[i] : above.lane[i]);
 }
 template <class T>
+QK_INLINE bool all_less(const Lanes<T>& x, const Lanes<T>& bound) {
+  bool all = true;
+  for (int i = 0; i < kLanes; ++i) all &= x.lane[i] < bound.lane[i];
+  return all;
+}
+template <class T>
 QK_INLINE Lanes<T> copy_sign(Lanes<T> magnitude, Lanes<T> sign) {
   QK_LANEWISE(std::copysign(magnitude.lane[i], sign.lane[i]));
 }
@@ -196,12 +204,23 @@ template <class T>
 QK_INLINE Lanes<T> offset_bits(Lanes<T> x, int count) {
   QK_LANEWISE(offset_bits(x.lane[i], count));
 }
-// sum + a * b in float64, where the product of two floats is exact.
+// A sum per lane in float64; a tier specialises SumsOf for its own vector.
+struct LaneSums {
+  double lane[kLanes];
+
+  static QK_INLINE LaneSums zero() { return {}; }
+};
+template <class V>
+struct SumsOf {
+  using type = LaneSums;
+};
+// sums + a * b, where the product of two floats is exact.
 template <class T>
-QK_INLINE Lanes<double> add_products(Lanes<double> sum, Lanes<T> a, Lanes<T> b) {
-  for (int i = 0; i < kLanes; ++i) sum.lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
-  return sum;
+QK_INLINE LaneSums add_products(LaneSums sums, const Lanes<T>& a, const Lanes<T>& b) {
+  for (int i = 0; i < kLanes; ++i) sums.lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
+  return sums;
 }
+QK_INLINE void store_sums(const LaneSums& sums, double* to) { std::copy(sums.lane, sums.lane + kLanes, to); }
 QK_INLINE Lanes<double> hyperbolic_tangent(Lanes<double> x) {
   for (double& lane : x.lane) lane = hyperbolic_tangent(lane);
   return x;

@@ -73,6 +73,10 @@ QK_INLINE Twin<V> select_less(const Twin<V>& x, const Twin<V>& bound, const Twin
           select_less(x.second, bound.second, below.second, above.second)};
 }
 template <class V>
+QK_INLINE bool all_less(const Twin<V>& x, const Twin<V>& bound) {
+  return all_less(x.first, bound.first) && all_less(x.second, bound.second);
+}
+template <class V>
 QK_INLINE Twin<V> power_of_two(const Twin<V>& n) {
   return {power_of_two(n.first), power_of_two(n.second)};
 }

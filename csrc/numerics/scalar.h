@@ -45,6 +45,11 @@ template <class T>
 QK_INLINE T select_less(T x, T bound, T below, T above) {
   return x < bound ? below : above;
 }
+// For vectors: in every lane. False for NaN.
+template <class T>
+QK_INLINE bool all_less(T x, T bound) {
+  return x < bound;
+}
 QK_INLINE float absolute(float x) { return ::fabsf(x); }
 QK_INLINE double absolute(double x) { return ::fabs(x); }
 QK_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }
