@@ -22,9 +22,8 @@ QK_INLINE AffineConstants<Vector<T>> broadcast(const AffineConstants<T>& c) {
 }
 
 // One vector: quantized, stored, one bit per element.
-template <AffineMode mode, Store store, class S, class T>
-QK_INLINE LaneBits quantize_vector(const S* x, S* y, const AffineConstants<Vector<T>>& c) {
-  const Vector<T> value = Vector<T>::load(x);
+template <AffineMode mode, Store store, class S, class V>
+QK_INLINE LaneBits quantize_vector(V value, S* y, const AffineConstants<V>& c) {
   put<store>(fake_quantize_element<mode>(value, c), y);
   return gradient_passes(value, c);
 }
@@ -38,12 +37,12 @@ void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const Affi
     LaneBits bits[kBlockVectors];
     prefetch_vectors<kBlockVectors>(x + i * kLanes);
     for (int v = 0; v < kBlockVectors; ++v) {
-      bits[v] = quantize_vector<mode, store, S, T>(x + (i + v) * kLanes, y + (i + v) * kLanes, c);
+      bits[v] = quantize_vector<mode, store>(Vector<T>::load(x + (i + v) * kLanes), y + (i + v) * kLanes, c);
     }
     std::memcpy(mask + i * sizeof(LaneBits), bits, sizeof(bits));
   }
   for (; i < count; ++i) {
-    const LaneBits bits = quantize_vector<mode, store, S, T>(x + i * kLanes, y + i * kLanes, c);
+    const LaneBits bits = quantize_vector<mode, store>(Vector<T>::load(x + i * kLanes), y + i * kLanes, c);
     std::memcpy(mask + i * sizeof(bits), &bits, sizeof(bits));
   }
 }
@@ -257,25 +256,39 @@ class PeriodicWalk {
     const int64_t last_row = end / period_;
     if (first_row >= last_row) return along(begin, end);
     along(begin, first_row * period_);
-    const int64_t rows = std::max<int64_t>(kTileElements / period_, 1);
-    for (int64_t row = first_row; row < last_row; row += rows) tile(row, std::min(row + rows, last_row));
-    along(last_row * period_, end);
+    const int64_t tiled_end = first_row + (last_row - first_row) / kTileRows * kTileRows;
+    for (int64_t column = 0; column < period_; column += kTileColumns) {
+      const int64_t column_end = std::min(column + kTileColumns, period_);
+      for (int64_t row = first_row; row < tiled_end; row += kTileRows) tile(row, column, column_end);
+    }
+    along(tiled_end * period_, end);
   }
 
  private:
-  // A tile stays in the first-level cache while its columns are walked one after another.
-  static constexpr int64_t kTileElements = 4096;
+  // As many streams of reads as a processor's prefetcher follows.
+  static constexpr int kTileRows = 4;
+  // Their constants, 28 bytes each, stay in the first-level cache while all rows pass.
+  static constexpr int64_t kTileColumns = 256;
 
-  QK_INLINE void vector_at(int64_t i, const AffineConstants<V>& c) const {
-    const LaneBits bits = quantize_vector<mode, store, S, T>(x_ + i, y_ + i, c);
+  QK_INLINE void vector_at(int64_t i, V value, const AffineConstants<V>& c) const {
+    const LaneBits bits = quantize_vector<mode, store>(value, y_ + i, c);
     std::memcpy(mask_ + i / 8, &bits, sizeof(bits));
   }
 
-  // Column by column, so that a column's constants are loaded once for all rows.
-  void tile(int64_t first_row, int64_t last_row) const {
-    for (int64_t column = 0; column < period_; column += kLanes) {
+  // Column by column, so that a column's constants are loaded once for all rows. All loads come before the stores: at a
+  // distance of 4096 bytes, which many periods are a multiple of, a processor takes a load for one of the data just
+  // stored, and waits.
+  void tile(int64_t first_row, int64_t begin, int64_t end) const {
+    const int64_t ahead = kTileRows * period_;  // the same place in the next tile
+    for (int64_t column = begin; column < end; column += kLanes) {
       const AffineConstants<V> c = rows_.load(column);
-      for (int64_t row = first_row; row < last_row; ++row) vector_at(row * period_ + column, c);
+      const int64_t first = first_row * period_ + column;
+      V values[kTileRows];
+      for (int row = 0; row < kTileRows; ++row) {
+        __builtin_prefetch(x_ + first + row * period_ + ahead);
+        values[row] = V::load(x_ + first + row * period_);
+      }
+      for (int row = 0; row < kTileRows; ++row) vector_at(first + row * period_, values[row], c);
     }
   }
 
@@ -284,7 +297,7 @@ class PeriodicWalk {
     int64_t phase = begin % period_;
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
-      vector_at(i, rows_.load(phase));
+      vector_at(i, V::load(x_ + i), rows_.load(phase));
       phase += advance;
       if (phase >= period_) phase -= period_;
     }
@@ -295,7 +308,7 @@ class PeriodicWalk {
     S in[kLanes] = {};
     S out[kLanes];
     std::copy(x_ + begin, x_ + end, in);
-    const LaneBits all = quantize_vector<mode, Store::kCached, S, T>(in, out, c);
+    const LaneBits all = quantize_vector<mode, Store::kCached>(V::load(in), out, c);
     std::copy_n(out, end - begin, y_ + begin);
     const LaneBits bits = all & static_cast<LaneBits>((1u << (end - begin)) - 1);
     std::memcpy(mask_ + begin / 8, &bits, static_cast<size_t>((end - begin + 7) / 8));
