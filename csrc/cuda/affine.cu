@@ -12,12 +12,13 @@ cudaError_t launch_typed(const AffineJob& job, const AffineGrid<Compute<S>>* gri
   return dispatch_bool(aligned, [&](auto is_aligned_type) {
     constexpr bool kAligned = decltype(is_aligned_type)::value;
     if (job.view.channels == 1) {
-      return launch_over_packs<S>(numel, stream, fake_quantize_tensor_kernel<S, kAligned>, job, numel, grids, step);
+      return launch_over_packs<kPackElements<S>>(numel, stream, fake_quantize_tensor_kernel<S, kAligned>, job, numel,
+                                                 grids, step);
     }
     return dispatch_bool(job.view.inner % kPackElements<S> != 0, [&](auto is_mixed_type) {
-      return launch_over_packs<S>(numel, stream,
-                                  fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value>, job,
-                                  numel, grids, step);
+      return launch_over_packs<kPackElements<S>>(
+          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value>, job, numel, grids,
+          step);
     });
   });
 }

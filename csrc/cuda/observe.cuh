@@ -19,14 +19,12 @@ struct ObserveChannel {
   }
 };
 
-// Two of its three phases are not elementwise; with this many registers a multiprocessor holds 1024 threads (float64:
-// 768).
-template <class S>
-constexpr int kCooperativeRegisters = std::is_same_v<S, double> ? 80 : 64;
+// Two of its three phases are not elementwise; with this many registers a multiprocessor holds 1024 threads.
+constexpr int kCooperativeRegisters = 64;
 
 // All blocks resident. `partials` has channels * slices elements.
 template <class S, class Mapping>
-__global__ void __maxnreg__(kCooperativeRegisters<S>)
+__global__ void __maxnreg__(kCooperativeRegisters)
     observe_cooperative_kernel(ObserveJob job, int64_t numel, ReductionPlan plan, MinMax<Compute<S>>* partials,
                                AffineGrid<Compute<S>>* grids) {
   const AffineJob& affine = job.affine;
@@ -76,7 +74,7 @@ cudaError_t fits_cooperative_grid(const AffineJob& job, void (*kernel)(Parameter
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&is_supported, cudaDevAttrCooperativeLaunch, device);
   int resident = 0;
   if (error == cudaSuccess) error = resident_blocks(kernel, kBlockThreads, &resident);
-  const int64_t needed = ceil_divide(pack_count<S>(job.view.numel()), kBlockThreads);
+  const int64_t needed = ceil_divide(job.view.numel(), kPackElements<S> * kBlockThreads);
   *fits = is_supported != 0 && needed <= resident;
   *blocks = static_cast<unsigned>(*fits ? needed : 0);
   return error;
