@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../numerics/dispatch.h"
 #include "../numerics/dorefa.h"
 #include "../numerics/philox.h"
-#include "dispatch.h"
 #include "kernels.h"
 
 QK_NAMESPACE_BEGIN

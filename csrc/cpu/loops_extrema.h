@@ -5,9 +5,9 @@
 #include <limits>
 #include <vector>
 
+#include "../numerics/dispatch.h"
 #include "../numerics/extrema.h"
 #include "../numerics/half.h"
-#include "dispatch.h"
 #include "kernels.h"
 
 QK_NAMESPACE_BEGIN

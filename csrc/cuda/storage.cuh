@@ -4,8 +4,7 @@
 
 #include <type_traits>
 
-#include "../jobs.h"
-#include "../numerics/half.h"
+#include "../numerics/dispatch.h"
 #include "vector_io.cuh"
 
 namespace qk::cuda {
@@ -16,21 +15,6 @@ constexpr int kMaxRegisters = 40;
 
 template <class S>
 using Compute = typename ComputeType<S>::type;
-
-// Calls f(S{}) with the storage type of `dtype`.
-template <class F>
-auto dispatch_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat16:
-      return f(Half{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 // The conversions of numerics/half.h, by the hardware's instructions where there are any: the widening ones are exact,
 // the narrowing ones round to nearest even (PTX ISA, cvt).
