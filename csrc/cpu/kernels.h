@@ -27,9 +27,6 @@ struct DoReFaWeightSums {
   double largest_elements;  // how many share the maximum
 };
 
-// A part of a sum has this many elements.
-constexpr int64_t kSumPart = 1 << 14;
-
 struct Kernels {
   const char* name;
   void (*fake_quantize)(const AffineJob&, int64_t begin, int64_t end);

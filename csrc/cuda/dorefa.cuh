@@ -53,8 +53,6 @@ struct StoreLargestMagnitude {
   }
 };
 
-constexpr int64_t kSumPart = 1 << 14;
-
 // finish(sum of term(i) over all i), called once. `partials` has an element per part; `counter` is zero.
 template <class Term, class Finish>
 __global__ void __launch_bounds__(kBlockThreads)
