@@ -35,8 +35,8 @@ template <class T>
 struct StoreLargestTanh {
   T* statistic;
 
-  __device__ __forceinline__ void operator()(int64_t, MinMax<T> extrema) const {
-    *statistic = hyperbolic_tangent(largest_magnitude(extrema));
+  __device__ __forceinline__ void operator()(int64_t, Extrema<T> extrema) const {
+    *statistic = hyperbolic_tangent(extrema.largest_magnitude());
   }
 };
 
@@ -47,8 +47,8 @@ struct StoreLargestMagnitude {
   int64_t* rng_state;
   int64_t* drawn_step;
 
-  __device__ __forceinline__ void operator()(int64_t sample, MinMax<T> extrema) const {
-    largest[sample] = largest_magnitude(extrema);
+  __device__ __forceinline__ void operator()(int64_t sample, Extrema<T> extrema) const {
+    largest[sample] = extrema.largest_magnitude();
     if (sample == 0) *drawn_step = rng_state[1]++;
   }
 };

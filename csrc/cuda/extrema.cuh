@@ -58,17 +58,12 @@ ReductionPlan plan_reduction(const void* input, ChannelView view) {
   return plan;
 }
 
-template <class T>
-__device__ __forceinline__ void accumulate(MinMax<T>& total, T x) {
-  total = CombineMinMax{}(total, MinMax<T>{x, x});
-}
-
 template <int N>
 struct ByRow {
   // The extrema of one slice, in thread 0.
   template <class S>
-  static __device__ __forceinline__ MinMax<Compute<S>> reduce(const S* input, const ReductionPlan& plan,
-                                                              int64_t channel, int64_t slice) {
+  static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan,
+                                                               int64_t channel, int64_t slice) {
     const ChannelView& view = plan.view;
     const int64_t units_per_run = (view.inner + N - 1) / N;
     const int64_t units = view.outer * units_per_run;
@@ -79,7 +74,7 @@ struct ByRow {
     int64_t at = unit % units_per_run;
     const int64_t run_step = kBlockThreads / units_per_run;
     const int64_t at_step = kBlockThreads % units_per_run;
-    MinMax<Compute<S>> total = MinMax<Compute<S>>::empty();
+    Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
 #pragma unroll 2
     for (; unit < end; unit += kBlockThreads) {
       const S* row = input + (run * view.channels + channel) * view.inner;
@@ -87,7 +82,8 @@ struct ByRow {
       const int count = elements_left<N>(at * N, view.inner);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < count) accumulate(total, widen(vector[i]));
+        const Compute<S> x = widen(vector[i]);
+        if (i < count) total.combine(x, x);
       }
       run += run_step;
       at += at_step;
@@ -96,18 +92,18 @@ struct ByRow {
         ++run;
       }
     }
-    return block_min_max(total);
+    return block_extrema(total);
   }
 
   // The extrema of all slices, in thread 0.
   template <class T>
-  static __device__ __forceinline__ MinMax<T> gather(const MinMax<T>* partials, const ReductionPlan& plan,
-                                                     int64_t channel) {
-    MinMax<T> total = MinMax<T>::empty();
+  static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
+                                                      int64_t channel) {
+    Extrema<T> total = Extrema<T>::empty();
     for (int64_t slice = threadIdx.x; slice < plan.slices; slice += kBlockThreads) {
-      total = CombineMinMax{}(total, partials[channel * plan.slices + slice]);
+      total = CombineExtrema{}(total, partials[channel * plan.slices + slice]);
     }
-    return block_min_max(total);
+    return block_extrema(total);
   }
 
   // The channel whose extrema this thread has after `reduce` or `gather`, or -1.
@@ -119,8 +115,8 @@ struct ByRow {
 struct ByColumn {
   // Combines the values of threads i, i + width, i + 2 width, ... of the first `rows` rows into element i.
   template <class T>
-  static __device__ __forceinline__ const MinMax<T>* combine_rows(MinMax<T> value, int width, int rows) {
-    QK_SHARED(MinMax<T>, values, kBlockThreads);
+  static __device__ __forceinline__ const Extrema<T>* combine_rows(Extrema<T> value, int width, int rows) {
+    QK_SHARED(Extrema<T>, values, kBlockThreads);
     const int thread = static_cast<int>(threadIdx.x);
     __syncthreads();  // the previous call's values have been read
     values[thread] = value;
@@ -128,7 +124,7 @@ struct ByColumn {
     for (int height = rows; height > 1;) {
       const int half = (height + 1) / 2;
       if (thread / width + half < height) {
-        values[thread] = CombineMinMax{}(values[thread], values[thread + half * width]);
+        values[thread] = CombineExtrema{}(values[thread], values[thread + half * width]);
       }
       __syncthreads();
       height = half;
@@ -137,8 +133,8 @@ struct ByColumn {
   }
 
   template <class S>
-  static __device__ __forceinline__ MinMax<Compute<S>> reduce(const S* input, const ReductionPlan& plan, int64_t tile,
-                                                              int64_t slice) {
+  static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan, int64_t tile,
+                                                               int64_t slice) {
     const ChannelView& view = plan.view;
     const int inner = static_cast<int>(view.inner);
     const int width = plan.tile_channels * inner;
@@ -147,34 +143,35 @@ struct ByColumn {
     const int64_t column = tile * width + static_cast<int>(threadIdx.x) % width;
     const int64_t columns = view.channels * view.inner;
     const int64_t end = (slice + 1) * plan.slice_length < view.outer ? (slice + 1) * plan.slice_length : view.outer;
-    MinMax<Compute<S>> total = MinMax<Compute<S>>::empty();
+    Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
     if (row < rows && column < columns) {
 #pragma unroll 4
       for (int64_t o = slice * plan.slice_length + row; o < end; o += rows) {
-        accumulate(total, widen(input[o * columns + column]));
+        const Compute<S> x = widen(input[o * columns + column]);
+        total.combine(x, x);
       }
     }
-    const MinMax<Compute<S>>* of_column = combine_rows(total, width, rows);
-    MinMax<Compute<S>> of_channel = MinMax<Compute<S>>::empty();
+    const Extrema<Compute<S>>* of_column = combine_rows(total, width, rows);
+    Extrema<Compute<S>> of_channel = Extrema<Compute<S>>::empty();
     if (static_cast<int>(threadIdx.x) < plan.tile_channels) {
       for (int i = 0; i < inner; ++i) {
-        of_channel = CombineMinMax{}(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
+        of_channel = CombineExtrema{}(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
       }
     }
     return of_channel;
   }
 
   template <class T>
-  static __device__ __forceinline__ MinMax<T> gather(const MinMax<T>* partials, const ReductionPlan& plan,
-                                                     int64_t tile) {
+  static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
+                                                      int64_t tile) {
     const int width = plan.tile_channels;
     const int rows = kBlockThreads / width;
     const int row = static_cast<int>(threadIdx.x) / width;
     const int64_t channel = tile * width + static_cast<int>(threadIdx.x) % width;
-    MinMax<T> total = MinMax<T>::empty();
+    Extrema<T> total = Extrema<T>::empty();
     if (row < rows && channel < plan.view.channels) {
       for (int64_t slice = row; slice < plan.slices; slice += rows) {
-        total = CombineMinMax{}(total, partials[channel * plan.slices + slice]);
+        total = CombineExtrema{}(total, partials[channel * plan.slices + slice]);
       }
     }
     return combine_rows(total, width, rows)[threadIdx.x];
@@ -190,12 +187,12 @@ struct ByColumn {
 // channels * slices elements, are used only with several slices.
 template <class S, class Mapping, class Finish>
 __global__ void __launch_bounds__(kBlockThreads)
-    extrema_kernel(const S* input, ReductionPlan plan, MinMax<Compute<S>>* partials, unsigned* counters,
+    extrema_kernel(const S* input, ReductionPlan plan, Extrema<Compute<S>>* partials, unsigned* counters,
                    Finish finish) {
   for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
     const int64_t group = item / plan.slices;
     const int64_t slice = item % plan.slices;
-    MinMax<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
+    Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
     const int64_t channel = Mapping::owned_channel(plan, group);
     if (plan.slices > 1) {
       if (channel >= 0) partials[channel * plan.slices + slice] = extrema;
@@ -210,11 +207,11 @@ __global__ void __launch_bounds__(kBlockThreads)
 template <class T>
 struct ReductionWorkspace {
   unsigned* counters;
-  MinMax<T>* partials;
+  Extrema<T>* partials;
 
   ReductionWorkspace(WorkspaceLayout& layout, const ReductionPlan& plan)
       : counters(layout.take<unsigned>(plan.slices > 1 ? plan.groups : 0)),
-        partials(layout.take<MinMax<T>>(plan.view.channels * plan.slices)) {}
+        partials(layout.take<Extrema<T>>(plan.view.channels * plan.slices)) {}
 };
 
 // f(Mapping{}) with the plan's.
@@ -247,16 +244,10 @@ struct StoreExtrema {
   S* min;
   S* max;
 
-  __device__ __forceinline__ void operator()(int64_t channel, MinMax<Compute<S>> extrema) const {
+  __device__ __forceinline__ void operator()(int64_t channel, Extrema<Compute<S>> extrema) const {
     min[channel] = narrow<S>(extrema.min);
     max[channel] = narrow<S>(extrema.max);
   }
 };
-
-// max|x|, for a NaN in the channel NaN.
-template <class T>
-__device__ __forceinline__ T largest_magnitude(MinMax<T> extrema) {
-  return Maximum{}(extrema.max, -extrema.min);
-}
 
 }  // namespace qk::cuda

@@ -13,7 +13,7 @@ struct ObserveChannel {
   ObserveJob job;
   AffineGrid<T>* grids;
 
-  __device__ __forceinline__ void operator()(int64_t channel, MinMax<T> extrema) const {
+  __device__ __forceinline__ void operator()(int64_t channel, Extrema<T> extrema) const {
     observe_channel(job, channel, extrema.min, extrema.max);
     grids[channel] = channel_grid<T>(job.affine, channel);
   }
@@ -25,20 +25,20 @@ constexpr int kCooperativeRegisters = 64;
 // All blocks resident. `partials` has channels * slices elements.
 template <class S, class Mapping>
 __global__ void __maxnreg__(kCooperativeRegisters)
-    observe_cooperative_kernel(ObserveJob job, int64_t numel, ReductionPlan plan, MinMax<Compute<S>>* partials,
+    observe_cooperative_kernel(ObserveJob job, int64_t numel, ReductionPlan plan, Extrema<Compute<S>>* partials,
                                AffineGrid<Compute<S>>* grids) {
   const AffineJob& affine = job.affine;
   const ObserveChannel<Compute<S>> observe{job, grids};
   for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
     const int64_t group = item / plan.slices;
     const int64_t slice = item % plan.slices;
-    const MinMax<Compute<S>> extrema = Mapping::reduce(static_cast<const S*>(affine.input), plan, group, slice);
+    const Extrema<Compute<S>> extrema = Mapping::reduce(static_cast<const S*>(affine.input), plan, group, slice);
     const int64_t channel = Mapping::owned_channel(plan, group);
     if (channel >= 0) partials[channel * plan.slices + slice] = extrema;
   }
   grid_sync();
   for (int64_t group = blockIdx.x; group < plan.groups; group += gridDim.x) {
-    const MinMax<Compute<S>> extrema = Mapping::gather(partials, plan, group);
+    const Extrema<Compute<S>> extrema = Mapping::gather(partials, plan, group);
     const int64_t channel = Mapping::owned_channel(plan, group);
     if (channel >= 0) observe(channel, extrema);
   }
