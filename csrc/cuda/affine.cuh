@@ -57,10 +57,9 @@ __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
   return fake_quantize_element<AffineMode::kReciprocal>(x, grid.constants);
 }
 
-// Elements computed at a time. float64's constants fill the registers for one; where each element may have another
-// channel's, two of the other types do.
+// Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
 template <class S, bool kAligned, bool kMixed>
-constexpr int kChannelsPart = sizeof(S) == 8 ? 1 : (kMixed ? 2 : kChunkElements<S, kAligned>);
+constexpr int kChannelsPart = sizeof(S) == 8 ? 1 : (sizeof(S) == 4 && !kMixed ? kChunkElements<S, kAligned> : 2);
 
 // Every element on the grid of its channel. One division per pack finds the first element's channel. kMixed: a pack may
 // cross from one channel to the next, because the inner size is no multiple of the pack's.
@@ -93,30 +92,55 @@ __device__ __forceinline__ void advance_once(int64_t* step) {
   if (step != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*step;
 }
 
-// `grids` has the job's grids, or is null: then every block computes them from scale and zero point. With `grids`,
-// `step` is advanced unless it is null.
-template <class S, bool kAligned>
-__global__ void __maxnreg__(kMaxRegisters)
-    fake_quantize_tensor_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* grids, int64_t* step) {
-  QK_SHARED(AffineGrid<Compute<S>>, grid, 1);
-  if (threadIdx.x == 0) grid[0] = grids != nullptr ? grids[0] : channel_grid<Compute<S>>(job, 0);
-  __syncthreads();
-  advance_once(step);
-  quantize_tensor<S, kAligned>(job, numel, grid[0]);
+// Where a kernel has its grids from: a function of the job and of shared memory of the block, called by every thread,
+// that returns them. This one has them in `table`, or if that is null computes them from the job's scale and zero
+// point, for up to kSharedChannels channels. With a table, `step` is advanced unless it is null.
+template <class T>
+struct GivenGrids {
+  const AffineGrid<T>* table;
+  int64_t* step;
+
+  __device__ __forceinline__ const AffineGrid<T>* operator()(const AffineJob& job, AffineGrid<T>* block_grids) const {
+    if (table != nullptr) {
+      advance_once(step);
+      return table;
+    }
+    if (threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<T>(job, threadIdx.x);
+    __syncthreads();
+    return block_grids;
+  }
+};
+
+template <class S, bool kAligned, class Grids>
+__global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob job, int64_t numel, Grids grids) {
+  QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
+  grids(job, block_grid);  // which returns it: tables are for more than one channel
+  quantize_tensor<S, kAligned>(job, numel, block_grid[0]);
 }
 
-// As above; null `grids` only for up to kSharedChannels channels.
-template <class S, bool kAligned, bool kMixed>
-__global__ void __maxnreg__(kMaxRegisters)
-    fake_quantize_channels_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* grids, int64_t* step) {
+template <class S, bool kAligned, bool kMixed, class Grids>
+__global__ void __maxnreg__(kMaxRegisters) fake_quantize_channels_kernel(AffineJob job, int64_t numel, Grids grids) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grids, kSharedChannels);
-  if (grids == nullptr) {
-    if (threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<Compute<S>>(job, threadIdx.x);
-    __syncthreads();
-    grids = block_grids;
-  }
-  advance_once(step);
-  quantize_channels<S, kAligned, kMixed>(job, numel, grids);
+  quantize_channels<S, kAligned, kMixed>(job, numel, grids(job, block_grids));
+}
+
+// For a job of at least one element.
+template <class S, class Grids>
+cudaError_t launch_quantizer(const AffineJob& job, const Grids& grids, Stream stream) {
+  const int64_t numel = job.view.numel();
+  const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
+  return dispatch_bool(aligned, [&](auto is_aligned_type) {
+    constexpr bool kAligned = decltype(is_aligned_type)::value;
+    if (job.view.channels == 1) {
+      return launch_over_packs<kPackElements<S>>(numel, stream, fake_quantize_tensor_kernel<S, kAligned, Grids>, job,
+                                                 numel, grids);
+    }
+    return dispatch_bool(job.view.inner % kPackElements<S> != 0, [&](auto is_mixed_type) {
+      return launch_over_packs<kPackElements<S>>(
+          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value, Grids>, job, numel,
+          grids);
+    });
+  });
 }
 
 template <class T>
@@ -126,8 +150,8 @@ __global__ void __launch_bounds__(kBlockThreads) channel_grids_kernel(AffineJob 
   for (; channel < job.view.channels; channel += stride) grids[channel] = channel_grid<T>(job, channel);
 }
 
-// The quantization of a job of at least one element; `grids` (of the job's compute type) and `step` as in the kernels.
-cudaError_t launch_fake_quantize(const AffineJob& job, const void* grids, int64_t* step, Stream stream);
+// The quantization of a job of at least one element; `table` (of the job's compute type) and `step` as in GivenGrids.
+cudaError_t launch_fake_quantize(const AffineJob& job, const void* table, int64_t* step, Stream stream);
 
 // U has the size of an element.
 template <class U, bool kAligned>

@@ -1,6 +1,7 @@
-// Owns the minimum-maximum reduction over [outer, channels, inner] tensors, in one launch: blocks reduce slices of a
-// channel, and the last block of a channel to arrive combines them and hands the result to a finishing operation.
-// Minimum and maximum are exact, so the partition cannot show in a result.
+// Owns the minimum-maximum reduction over [outer, channels, inner] tensors: blocks reduce slices of a channel, and
+// either the last block of a channel to arrive combines them and hands the result to a finishing operation, in one
+// launch; or every block of the next launch combines what it needs. Minimum and maximum are exact, so the partition
+// cannot show in a result.
 #pragma once
 
 #include "block_reduce.cuh"
@@ -21,7 +22,7 @@ struct ReductionPlan {
   bool is_vectorised;  // by row: a unit is a 16-byte vector, else one element
 };
 
-constexpr int64_t kMaxItems = 2048;  // two waves on the largest devices
+constexpr int64_t kMaxItems = 1024;  // more than the largest devices hold blocks
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kLongestColumnRun = 64;
 
@@ -56,6 +57,53 @@ ReductionPlan plan_reduction(const void* input, ChannelView view) {
   plan.groups = view.channels;
   split(plan, view.outer * ceil_divide(view.inner, plan.is_vectorised ? kVector : 1), kBlockThreads * kUnitsPerThread);
   return plan;
+}
+
+// A block for each item of work.
+inline unsigned item_blocks(const ReductionPlan& plan) {
+  constexpr int64_t kMostBlocks = 1 << 20;
+  const int64_t items = plan.groups * plan.slices;
+  return static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks);
+}
+
+// The place of a slice's extrema: neighbouring channels lie side by side.
+__device__ __forceinline__ int64_t partial_index(const ReductionPlan& plan, int64_t channel, int64_t slice) {
+  return slice * plan.view.channels + channel;
+}
+
+// Combines the values of threads i, i + width, i + 2 width, ... of the first `rows` rows into element i.
+template <class T>
+__device__ __forceinline__ const Extrema<T>* combine_rows(Extrema<T> value, int width, int rows) {
+  QK_SHARED(Extrema<T>, values, kBlockThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // the previous call's values have been read
+  values[thread] = value;
+  __syncthreads();
+  for (int height = rows; height > 1;) {
+    const int half = (height + 1) / 2;
+    if (thread / width + half < height) {
+      values[thread] = CombineExtrema{}(values[thread], values[thread + half * width]);
+    }
+    __syncthreads();
+    height = half;
+  }
+  return values;
+}
+
+// The extrema over all slices of channel first + i in thread i < width.
+template <class T>
+__device__ __forceinline__ Extrema<T> gather_channels(const Extrema<T>* partials, const ReductionPlan& plan,
+                                                      int64_t first, int width) {
+  const int rows = kBlockThreads / width;
+  const int row = static_cast<int>(threadIdx.x) / width;
+  const int64_t channel = first + static_cast<int>(threadIdx.x) % width;
+  Extrema<T> total = Extrema<T>::empty();
+  if (row < rows && channel < plan.view.channels) {
+    for (int64_t slice = row; slice < plan.slices; slice += rows) {
+      total = CombineExtrema{}(total, partials[partial_index(plan, channel, slice)]);
+    }
+  }
+  return combine_rows(total, width, rows)[threadIdx.x];
 }
 
 template <int N>
@@ -101,7 +149,7 @@ struct ByRow {
                                                       int64_t channel) {
     Extrema<T> total = Extrema<T>::empty();
     for (int64_t slice = threadIdx.x; slice < plan.slices; slice += kBlockThreads) {
-      total = CombineExtrema{}(total, partials[channel * plan.slices + slice]);
+      total = CombineExtrema{}(total, partials[partial_index(plan, channel, slice)]);
     }
     return block_extrema(total);
   }
@@ -113,25 +161,6 @@ struct ByRow {
 };
 
 struct ByColumn {
-  // Combines the values of threads i, i + width, i + 2 width, ... of the first `rows` rows into element i.
-  template <class T>
-  static __device__ __forceinline__ const Extrema<T>* combine_rows(Extrema<T> value, int width, int rows) {
-    QK_SHARED(Extrema<T>, values, kBlockThreads);
-    const int thread = static_cast<int>(threadIdx.x);
-    __syncthreads();  // the previous call's values have been read
-    values[thread] = value;
-    __syncthreads();
-    for (int height = rows; height > 1;) {
-      const int half = (height + 1) / 2;
-      if (thread / width + half < height) {
-        values[thread] = CombineExtrema{}(values[thread], values[thread + half * width]);
-      }
-      __syncthreads();
-      height = half;
-    }
-    return values;
-  }
-
   template <class S>
   static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan, int64_t tile,
                                                                int64_t slice) {
@@ -164,17 +193,7 @@ struct ByColumn {
   template <class T>
   static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
                                                       int64_t tile) {
-    const int width = plan.tile_channels;
-    const int rows = kBlockThreads / width;
-    const int row = static_cast<int>(threadIdx.x) / width;
-    const int64_t channel = tile * width + static_cast<int>(threadIdx.x) % width;
-    Extrema<T> total = Extrema<T>::empty();
-    if (row < rows && channel < plan.view.channels) {
-      for (int64_t slice = row; slice < plan.slices; slice += rows) {
-        total = CombineExtrema{}(total, partials[channel * plan.slices + slice]);
-      }
-    }
-    return combine_rows(total, width, rows)[threadIdx.x];
+    return gather_channels(partials, plan, tile * plan.tile_channels, plan.tile_channels);
   }
 
   static __device__ __forceinline__ int64_t owned_channel(const ReductionPlan& plan, int64_t tile) {
@@ -182,6 +201,19 @@ struct ByColumn {
     return threadIdx.x < static_cast<unsigned>(plan.tile_channels) && channel < plan.view.channels ? channel : -1;
   }
 };
+
+// The extrema of every slice, into `partials`.
+template <class Mapping, class S>
+__device__ __forceinline__ void reduce_slices(const S* input, const ReductionPlan& plan,
+                                              Extrema<Compute<S>>* partials) {
+  for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
+    const int64_t group = item / plan.slices;
+    const int64_t slice = item % plan.slices;
+    const Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
+    const int64_t channel = Mapping::owned_channel(plan, group);
+    if (channel >= 0) partials[partial_index(plan, channel, slice)] = extrema;
+  }
+}
 
 // finish(channel, extrema) is called once per channel. `counters` holds a zero per group; it and `partials`, with
 // channels * slices elements, are used only with several slices.
@@ -195,7 +227,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
     const int64_t channel = Mapping::owned_channel(plan, group);
     if (plan.slices > 1) {
-      if (channel >= 0) partials[channel * plan.slices + slice] = extrema;
+      if (channel >= 0) partials[partial_index(plan, channel, slice)] = extrema;
       if (!arrives_last(counters + group, static_cast<unsigned>(plan.slices))) continue;
       extrema = Mapping::gather(partials, plan, group);
     }
@@ -232,11 +264,8 @@ cudaError_t launch_extrema(Mapping, const void* input, const ReductionPlan& plan
     const cudaError_t error = cudaMemsetAsync(workspace.counters, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
-  constexpr int64_t kMostBlocks = 1 << 20;
-  const int64_t items = plan.groups * plan.slices;
-  const unsigned blocks = static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks);
-  return launch(extrema_kernel<S, Mapping, Finish>, blocks, kBlockThreads, stream, static_cast<const S*>(input), plan,
-                workspace.partials, workspace.counters, finish);
+  return launch(extrema_kernel<S, Mapping, Finish>, item_blocks(plan), kBlockThreads, stream,
+                static_cast<const S*>(input), plan, workspace.partials, workspace.counters, finish);
 }
 
 template <class S>
