@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import cases
 import pytest
@@ -39,6 +41,7 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_observe_sequences,
     test_unobserved_evaluation_passes_the_input,
 )
+from torch import Tensor
 
 from quantkernels import functional, reference
 
@@ -54,13 +57,59 @@ def kernels() -> ModuleType:
 @pytest.fixture(autouse=True)
 def emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels.configure()
-    monkeypatch.setattr(functional, "_raw", EmulatedOperators(kernels))
+    install(EmulatedOperators(kernels), monkeypatch)
     yield
     kernels.configure()
 
 
+def install(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts `operators` in the place of ``torch.ops.quantkernels``, also where functional has looked them up before."""
+    monkeypatch.setattr(functional, "_raw", operators)
+    monkeypatch.setattr(functional, "_RAW_STRAIGHT_THROUGH", operators.straight_through)
+    masked = {name: (getattr(operators, name), getattr(operators, f"{name}_")) for name in functional._MASKED}
+    monkeypatch.setattr(functional, "_MASKED", masked)
+
+
+class Recorder:
+    """Notes which launchers are called."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.called.append(name)
+        return getattr(self.module, name)
+
+
+def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test of this file may pass because it ran on the CPU kernels."""
+    scale, zero_point = torch.full((1,), 0.1), torch.tensor([3], dtype=torch.int32)
+    state = (torch.tensor([math.inf, -math.inf]), torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.tensor(0))
+    rng_state = torch.tensor([1, 0])
+    calls: list[tuple[Callable[[Tensor], Tensor], str | None, str | None]] = [
+        (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), "fake_quantize", "straight_through"),
+        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), "fake_quantize", "straight_through"),
+        (lambda x: functional.observe_fake_quantize(x, *state, 0, 15), "observe_fake_quantize", "straight_through"),
+        (lambda x: functional.min_max(x)[0], "min_max", None),
+        (lambda x: functional.dorefa_weight(x, 4), "dorefa_weight", "dorefa_weight_backward"),
+        (lambda x: functional.dorefa_weight(x, 1), "dorefa_weight", None),
+        (lambda x: functional.dorefa_activation(x, 4), "dorefa_activation", "straight_through"),
+        (lambda x: functional.dorefa_gradient(x, rng_state, 4), None, "dorefa_gradient"),
+    ]
+    recorder = Recorder(kernels)
+    install(EmulatedOperators(recorder), monkeypatch)  # type: ignore[arg-type]
+    for function, forward, backward in calls:
+        recorder.called.clear()
+        y = function(torch.linspace(-1, 1, 40).requires_grad_())
+        if y.requires_grad:
+            y.sum().backward()
+        assert recorder.called == [name for name in (forward, backward) if name is not None]
+
+
 # Host code decides by size and alignment: one cooperative launch while a sweep of the emulated device's grid covers the
-# tensor, two launches beyond; with 2 x 2 blocks of 256 threads that is 8192 elements of float32.
+# tensor, two launches beyond; with 2 x 2 blocks of 256 threads that is 8192 elements of float32. Beyond 1024 slices of
+# channels (200 and 300 channels in the last dimension) the first launch combines them, else every block of the second.
 ORDERS = (("forward", 1), ("reverse", 2), ("random", 3))
 
 
@@ -76,12 +125,15 @@ def test_every_order_gives_the_same(kernels: ModuleType, order: str, concurrent_
                 ((40, 3, 200), 1),
                 ((9000, 3), 1),
                 ((3, 20_000), 0),
+                ((60, 200), 1),
+                ((40, 300), 1),
             ):
-                steps = [cases.sample(shape, dtype, seed=s).nan_to_num(0.5, 2.0, -2.0) for s in range(2)]
+                steps = [cases.sample(shape, dtype, seed=s) for s in range(3)]  # the first leaves ranges unknown
+                steps[1:] = [step.nan_to_num(0.5, 2.0, -2.0) for step in steps[1:]]
                 channels = None if axis is None else shape[axis]
                 observe_twins(steps, channels, axis=axis)
                 for actual, expected in zip(
-                    functional.min_max(steps[0], axis), reference.min_max(steps[0], axis), strict=True
+                    functional.min_max(steps[1], axis), reference.min_max(steps[1], axis), strict=True
                 ):
                     assert_same_bits(actual, expected)
         test_dorefa_gradient(3, torch.float32)

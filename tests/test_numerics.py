@@ -17,6 +17,7 @@ CHECKS = (
     "rounding_to_half",
     "reciprocal_open_cases",
     "reciprocal_next_to_ties",
+    "reciprocal_float64",
     "thresholds_float32",
     "thresholds_float64",
     "division_by_levels",

@@ -50,9 +50,6 @@ struct DoReFaWeightSums {
   double largest_elements;  // how many share the maximum
 };
 
-// A part of a sum has this many elements.
-constexpr int64_t kSumPart = 1 << 14;
-
 struct Kernels {
   const char* name;
   // The entries [begin, end) of the table; `begin` is a multiple of kLanes.

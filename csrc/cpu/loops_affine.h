@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "../numerics/channel.h"
-#include "dispatch.h"
+#include "../numerics/dispatch.h"
 #include "kernels.h"
 
 QK_NAMESPACE_BEGIN

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../numerics/dispatch.h"
 #include "../numerics/dorefa.h"
 #include "../numerics/philox.h"
-#include "dispatch.h"
 #include "kernels.h"
 #include "vector_twin.h"
 
@@ -54,7 +54,7 @@ inline void tanh_of(DType dtype, const void* magnitude, void* result) {
 template <class Sums>
 QK_INLINE double sum_of_lanes(const Sums& sums) {
   double lanes[kLanes];
-  store_sums(sums, lanes);
+  sums.store(lanes);
   double sum = 0;
   for (const double lane : lanes) sum += lane;
   return sum;
@@ -63,7 +63,7 @@ QK_INLINE double sum_of_lanes(const Sums& sums) {
 template <class S>
 double magnitude_sum_typed(const S* x, int64_t begin, int64_t end) {
   using V = Vector<typename ComputeType<S>::type>;
-  typename SumsOf<V>::type sums = SumsOf<V>::type::zero();
+  typename SumsOf<V>::type sums = SumsOf<V>::type::broadcast(0);
   const V one = V::broadcast(1);
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) sums = add_products(sums, absolute(V::load(x + i)), one);
@@ -118,7 +118,7 @@ cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& jo
   const S* w = static_cast<const S*>(job.weight);
   S* kept = static_cast<S*>(job.grad_input);
   const V largest = V::broadcast(*static_cast<const T*>(job.statistic));
-  typename SumsOf<V>::type product = SumsOf<V>::type::zero();
+  typename SumsOf<V>::type product = SumsOf<V>::type::broadcast(0);
   int64_t count = 0;
   const auto add = [&](V gradient, V t, int64_t valid) QK_INLINE_LAMBDA {
     const LaneBits bits = inclusively_between(absolute(t), largest, largest);

@@ -5,9 +5,9 @@
 #include <limits>
 #include <vector>
 
+#include "../numerics/dispatch.h"
 #include "../numerics/extrema.h"
 #include "../numerics/half.h"
-#include "dispatch.h"
 #include "kernels.h"
 
 QK_NAMESPACE_BEGIN
@@ -37,7 +37,7 @@ Extrema<typename ComputeType<S>::type> extrema_of_run(const S* x, int64_t n) {
   minimum(min_a, min_b).store(lane_min);
   maximum(max_a, max_b).store(lane_max);
   // a + b is NaN for opposite infinities too, so the flag only asks for a closer look.
-  Extrema<T> result;
+  Extrema<T> result = Extrema<T>::empty();
   for (int lane = 0; lane < kLanes; ++lane) result.combine(lane_min[lane], lane_max[lane]);
   for (int64_t j = nan != 0 ? 0 : i; j < n; ++j) {
     const T value = to_float(x[j]);

@@ -220,7 +220,8 @@ template <class T>
 std::vector<T> largest_magnitudes(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for) {
   const ChannelExtrema<T> extrema = reduce_extrema<T>(dtype, input, view, parallel_for);
   std::vector<T> largest(extrema.max.size());
-  for (size_t c = 0; c < largest.size(); ++c) largest[c] = std::max(extrema.max[c], -extrema.min[c]);
+  for (size_t c = 0; c < largest.size(); ++c)
+    largest[c] = Extrema<T>{extrema.min[c], extrema.max[c]}.largest_magnitude();
   return largest;
 }
 

@@ -2,7 +2,6 @@
 // on, and the table of their addresses. The includer defines QK_ARCH and includes its vector header first.
 #pragma once
 
-#include "dispatch.h"
 #include "loops_affine.h"
 #include "loops_dorefa.h"
 #include "loops_extrema.h"

@@ -120,33 +120,6 @@ QK_INLINE __m256 offset_bits(__m256 x, int count) {
 }
 QK_INLINE F32 offset_bits(F32 x, int count) { return {offset_bits(x.low, count), offset_bits(x.high, count)}; }
 
-// A sum per lane in float64.
-struct F64Sums {
-  __m256d part[4];
-
-  static QK_INLINE F64Sums zero() {
-    const __m256d none = _mm256_setzero_pd();
-    return {{none, none, none, none}};
-  }
-};
-template <>
-struct SumsOf<F32> {
-  using type = F64Sums;
-};
-// The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
-QK_INLINE __m256d add_products(__m256d sum, __m128 a, __m128 b) {
-  return _mm256_fmadd_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b), sum);
-}
-QK_INLINE F64Sums add_products(F64Sums s, F32 a, F32 b) {
-  return {{add_products(s.part[0], _mm256_castps256_ps128(a.low), _mm256_castps256_ps128(b.low)),
-           add_products(s.part[1], _mm256_extractf128_ps(a.low, 1), _mm256_extractf128_ps(b.low, 1)),
-           add_products(s.part[2], _mm256_castps256_ps128(a.high), _mm256_castps256_ps128(b.high)),
-           add_products(s.part[3], _mm256_extractf128_ps(a.high, 1), _mm256_extractf128_ps(b.high, 1))}};
-}
-QK_INLINE void store_sums(const F64Sums& sums, double* to) {
-  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(to + 4 * i, sums.part[i]);
-}
-
 QK_INLINE LaneBits lane_bits(__m256 low, __m256 high) {
   return static_cast<LaneBits>(_mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8);
 }
@@ -200,6 +173,104 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t
   const __m256i keep = _mm256_cmpeq_epi16(_mm256_and_si256(all, lane_bit), lane_bit);
   put_bits<store>(_mm256_and_si256(load_bits(from), keep), to);
 }
+
+// The 16-lane float64 vector: four registers.
+struct F64 {
+  __m256d part[4];
+
+  static QK_INLINE F64 broadcast(double x) {
+    const __m256d all = _mm256_set1_pd(x);
+    return {{all, all, all, all}};
+  }
+  static QK_INLINE F64 load(const double* p) {
+    return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)}};
+  }
+  static QK_INLINE F64 load(const float* p) {
+    return {{_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4)),
+             _mm256_cvtps_pd(_mm_loadu_ps(p + 8)), _mm256_cvtps_pd(_mm_loadu_ps(p + 12))}};
+  }
+  QK_INLINE void store(double* p) const {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, part[i]);
+  }
+  QK_INLINE void stream(double* p) const {
+    for (int i = 0; i < 4; ++i) _mm256_stream_pd(p + 4 * i, part[i]);
+  }
+};
+
+template <>
+struct VectorOf<double> {
+  using type = F64;
+};
+template <>
+constexpr bool kHasFusedMultiplyAdd<double> = true;
+
+#define QK_PARTWISE(EXPRESSION)                         \
+  F64 r;                                                \
+  for (int i = 0; i < 4; ++i) r.part[i] = (EXPRESSION); \
+  return r
+
+QK_INLINE F64 operator+(F64 a, F64 b) { QK_PARTWISE(_mm256_add_pd(a.part[i], b.part[i])); }
+QK_INLINE F64 operator-(F64 a, F64 b) { QK_PARTWISE(_mm256_sub_pd(a.part[i], b.part[i])); }
+QK_INLINE F64 operator*(F64 a, F64 b) { QK_PARTWISE(_mm256_mul_pd(a.part[i], b.part[i])); }
+QK_INLINE F64 operator/(F64 a, F64 b) { QK_PARTWISE(_mm256_div_pd(a.part[i], b.part[i])); }
+QK_INLINE F64 fused_multiply_add(F64 a, F64 b, F64 c) { QK_PARTWISE(_mm256_fmadd_pd(a.part[i], b.part[i], c.part[i])); }
+QK_INLINE F64 multiply_unsigned_zero(F64 a, F64 b) { return fused_multiply_add(a, b, F64::broadcast(0.0)); }
+QK_INLINE F64 round_even(F64 x) {
+  QK_PARTWISE(_mm256_round_pd(x.part[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+QK_INLINE F64 minimum(F64 x, F64 accumulator) { QK_PARTWISE(_mm256_min_pd(x.part[i], accumulator.part[i])); }
+QK_INLINE F64 maximum(F64 x, F64 accumulator) { QK_PARTWISE(_mm256_max_pd(x.part[i], accumulator.part[i])); }
+QK_INLINE F64 clamp(F64 x, F64 low, F64 high) { return minimum(high, maximum(low, x)); }
+QK_INLINE F64 absolute(F64 x) { QK_PARTWISE(_mm256_andnot_pd(_mm256_set1_pd(-0.0), x.part[i])); }
+QK_INLINE F64 constant_like(F64, float c) { return F64::broadcast(c); }
+QK_INLINE F64 offset_bits(F64 x, int count) {
+  QK_PARTWISE(
+      _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(x.part[i]), _mm256_set1_epi64x(int64_t{count}))));
+}
+QK_INLINE F64 select_less(F64 x, F64 bound, F64 below, F64 above) {
+  QK_PARTWISE(_mm256_blendv_pd(above.part[i], below.part[i], _mm256_cmp_pd(x.part[i], bound.part[i], _CMP_LT_OQ)));
+}
+QK_INLINE F64 copy_sign(F64 magnitude, F64 sign) {
+  const __m256d bit = _mm256_set1_pd(-0.0);
+  QK_PARTWISE(_mm256_or_pd(_mm256_andnot_pd(bit, magnitude.part[i]), _mm256_and_pd(bit, sign.part[i])));
+}
+#undef QK_PARTWISE
+template <int kAbove, int kBelow>
+QK_INLINE LaneBits between(F64 x, F64 low, F64 high) {
+  unsigned bits = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m256d inside =
+        _mm256_and_pd(_mm256_cmp_pd(x.part[i], low.part[i], kAbove), _mm256_cmp_pd(x.part[i], high.part[i], kBelow));
+    bits |= static_cast<unsigned>(_mm256_movemask_pd(inside)) << (4 * i);
+  }
+  return static_cast<LaneBits>(bits);
+}
+QK_INLINE LaneBits strictly_between(F64 x, F64 low, F64 high) { return between<_CMP_GT_OQ, _CMP_LT_OQ>(x, low, high); }
+QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
+  return between<_CMP_GE_OQ, _CMP_LE_OQ>(x, low, high);
+}
+QK_INLINE LaneBits unordered(F64 x) { return between<_CMP_UNORD_Q, _CMP_UNORD_Q>(x, x, x); }
+
+// Sums per lane are kept in float64.
+template <>
+struct SumsOf<F32> {
+  using type = F64;
+};
+template <>
+struct SumsOf<F64> {
+  using type = F64;
+};
+// The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
+QK_INLINE __m256d add_products(__m256d sum, __m128 a, __m128 b) {
+  return _mm256_fmadd_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b), sum);
+}
+QK_INLINE F64 add_products(F64 s, F32 a, F32 b) {
+  return {{add_products(s.part[0], _mm256_castps256_ps128(a.low), _mm256_castps256_ps128(b.low)),
+           add_products(s.part[1], _mm256_extractf128_ps(a.low, 1), _mm256_extractf128_ps(b.low, 1)),
+           add_products(s.part[2], _mm256_castps256_ps128(a.high), _mm256_castps256_ps128(b.high)),
+           add_products(s.part[3], _mm256_extractf128_ps(a.high, 1), _mm256_extractf128_ps(b.high, 1))}};
+}
+QK_INLINE F64 add_products(F64 sums, F64 a, F64 b) { return sums + a * b; }
 
 // Words of 16 Philox blocks, each in the lower half of a 64-bit lane, where the multiplier wants them; what the upper
 // halves hold is ignored.

@@ -84,29 +84,6 @@ QK_INLINE F32 offset_bits(F32 x, int count) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.value), _mm512_set1_epi32(count)))};
 }
 
-// A sum per lane in float64.
-struct F64Sums {
-  __m512d low, high;
-
-  static QK_INLINE F64Sums zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
-};
-template <>
-struct SumsOf<F32> {
-  using type = F64Sums;
-};
-// The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
-QK_INLINE __m512d add_products(__m512d sum, __m256 a, __m256 b) {
-  return _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), sum);
-}
-QK_INLINE F64Sums add_products(F64Sums sums, F32 a, F32 b) {
-  return {add_products(sums.low, _mm512_castps512_ps256(a.value), _mm512_castps512_ps256(b.value)),
-          add_products(sums.high, _mm512_extractf32x8_ps(a.value, 1), _mm512_extractf32x8_ps(b.value, 1))};
-}
-QK_INLINE void store_sums(F64Sums sums, double* to) {
-  _mm512_storeu_pd(to, sums.low);
-  _mm512_storeu_pd(to + 8, sums.high);
-}
-
 QK_INLINE LaneBits strictly_between(F32 x, F32 low, F32 high) {
   const __mmask16 above = _mm512_cmp_ps_mask(x.value, low.value, _CMP_GT_OQ);
   return _mm512_mask_cmp_ps_mask(above, x.value, high.value, _CMP_LT_OQ);
@@ -144,6 +121,101 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
   }
 }
+
+// The 16-lane float64 vector: two registers.
+struct F64 {
+  __m512d low, high;
+
+  static QK_INLINE F64 broadcast(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+  static QK_INLINE F64 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+  static QK_INLINE F64 load(const float* p) {
+    return {_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+  }
+  QK_INLINE void store(double* p) const {
+    _mm512_storeu_pd(p, low);
+    _mm512_storeu_pd(p + 8, high);
+  }
+  QK_INLINE void stream(double* p) const {
+    _mm512_stream_pd(p, low);
+    _mm512_stream_pd(p + 8, high);
+  }
+};
+
+template <>
+struct VectorOf<double> {
+  using type = F64;
+};
+template <>
+constexpr bool kHasFusedMultiplyAdd<double> = true;
+
+QK_INLINE F64 operator+(F64 a, F64 b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+QK_INLINE F64 operator-(F64 a, F64 b) { return {_mm512_sub_pd(a.low, b.low), _mm512_sub_pd(a.high, b.high)}; }
+QK_INLINE F64 operator*(F64 a, F64 b) { return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)}; }
+QK_INLINE F64 operator/(F64 a, F64 b) { return {_mm512_div_pd(a.low, b.low), _mm512_div_pd(a.high, b.high)}; }
+QK_INLINE F64 fused_multiply_add(F64 a, F64 b, F64 c) {
+  return {_mm512_fmadd_pd(a.low, b.low, c.low), _mm512_fmadd_pd(a.high, b.high, c.high)};
+}
+QK_INLINE F64 multiply_unsigned_zero(F64 a, F64 b) { return fused_multiply_add(a, b, F64::broadcast(0.0)); }
+QK_INLINE F64 round_even(F64 x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm512_roundscale_pd(x.low, kNearest), _mm512_roundscale_pd(x.high, kNearest)};
+}
+QK_INLINE F64 minimum(F64 x, F64 accumulator) {
+  return {_mm512_min_pd(x.low, accumulator.low), _mm512_min_pd(x.high, accumulator.high)};
+}
+QK_INLINE F64 maximum(F64 x, F64 accumulator) {
+  return {_mm512_max_pd(x.low, accumulator.low), _mm512_max_pd(x.high, accumulator.high)};
+}
+QK_INLINE F64 clamp(F64 x, F64 low, F64 high) { return minimum(high, maximum(low, x)); }
+QK_INLINE F64 absolute(F64 x) { return {_mm512_abs_pd(x.low), _mm512_abs_pd(x.high)}; }
+QK_INLINE F64 constant_like(F64, float c) { return F64::broadcast(c); }
+QK_INLINE F64 offset_bits(F64 x, int count) {
+  const __m512i offset = _mm512_set1_epi64(count);
+  return {_mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(x.low), offset)),
+          _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(x.high), offset))};
+}
+QK_INLINE F64 select_less(F64 x, F64 bound, F64 below, F64 above) {
+  return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.low, bound.low, _CMP_LT_OQ), above.low, below.low),
+          _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.high, bound.high, _CMP_LT_OQ), above.high, below.high)};
+}
+QK_INLINE F64 copy_sign(F64 magnitude, F64 sign) {
+  const __m512d bit = _mm512_set1_pd(-0.0);
+  return {_mm512_or_pd(_mm512_andnot_pd(bit, magnitude.low), _mm512_and_pd(bit, sign.low)),
+          _mm512_or_pd(_mm512_andnot_pd(bit, magnitude.high), _mm512_and_pd(bit, sign.high))};
+}
+QK_INLINE LaneBits lane_bits(__mmask8 low, __mmask8 high) { return static_cast<LaneBits>(low | high << 8); }
+QK_INLINE LaneBits strictly_between(F64 x, F64 low, F64 high) {
+  return lane_bits(
+      _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.low, low.low, _CMP_GT_OQ), x.low, high.low, _CMP_LT_OQ),
+      _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.high, low.high, _CMP_GT_OQ), x.high, high.high, _CMP_LT_OQ));
+}
+QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
+  return lane_bits(
+      _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.low, low.low, _CMP_GE_OQ), x.low, high.low, _CMP_LE_OQ),
+      _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.high, low.high, _CMP_GE_OQ), x.high, high.high, _CMP_LE_OQ));
+}
+QK_INLINE LaneBits unordered(F64 x) {
+  return lane_bits(_mm512_cmp_pd_mask(x.low, x.low, _CMP_UNORD_Q), _mm512_cmp_pd_mask(x.high, x.high, _CMP_UNORD_Q));
+}
+
+// Sums per lane are kept in float64.
+template <>
+struct SumsOf<F32> {
+  using type = F64;
+};
+template <>
+struct SumsOf<F64> {
+  using type = F64;
+};
+// The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
+QK_INLINE __m512d add_products(__m512d sum, __m256 a, __m256 b) {
+  return _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), sum);
+}
+QK_INLINE F64 add_products(F64 sums, F32 a, F32 b) {
+  return {add_products(sums.low, _mm512_castps512_ps256(a.value), _mm512_castps512_ps256(b.value)),
+          add_products(sums.high, _mm512_extractf32x8_ps(a.value, 1), _mm512_extractf32x8_ps(b.value, 1))};
+}
+QK_INLINE F64 add_products(F64 sums, F64 a, F64 b) { return sums + a * b; }
 
 // Words of 16 Philox blocks, each in the lower half of a 64-bit lane, where the multiplier wants them; what the upper
 // halves hold is ignored.

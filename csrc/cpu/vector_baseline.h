@@ -2,8 +2,6 @@
 // float64). Included inside a tier's namespace; the other vector headers offer the same operations on float.
 #pragma once
 
-#include <algorithm>
-
 #include "../numerics/half.h"
 #include "../numerics/philox.h"
 #include "../numerics/tanh.h"
@@ -204,26 +202,16 @@ template <class T>
 QK_INLINE Lanes<T> offset_bits(Lanes<T> x, int count) {
   QK_LANEWISE(offset_bits(x.lane[i], count));
 }
-// A sum per lane in float64; a tier specialises SumsOf for its own vector.
-struct LaneSums {
-  double lane[kLanes];
-
-  static QK_INLINE LaneSums zero() { return {}; }
-};
+// The vector that holds a sum per lane in float64; a tier specialises it for its own vectors.
 template <class V>
 struct SumsOf {
-  using type = LaneSums;
+  using type = Lanes<double>;
 };
 // sums + a * b, where the product of two floats is exact.
 template <class T>
-QK_INLINE LaneSums add_products(LaneSums sums, const Lanes<T>& a, const Lanes<T>& b) {
+QK_INLINE Lanes<double> add_products(Lanes<double> sums, const Lanes<T>& a, const Lanes<T>& b) {
   for (int i = 0; i < kLanes; ++i) sums.lane[i] += static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
   return sums;
-}
-QK_INLINE void store_sums(const LaneSums& sums, double* to) { std::copy(sums.lane, sums.lane + kLanes, to); }
-QK_INLINE Lanes<double> hyperbolic_tangent(Lanes<double> x) {
-  for (double& lane : x.lane) lane = hyperbolic_tangent(lane);
-  return x;
 }
 #undef QK_LANEWISE
 

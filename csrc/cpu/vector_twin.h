@@ -84,7 +84,14 @@ template <class V>
 QK_INLINE Twin<V> constant_like(const Twin<V>& like, float c) {
   return {constant_like(like.first, c), constant_like(like.second, c)};
 }
-QK_INLINE Twin<Lanes<double>> hyperbolic_tangent(const Twin<Lanes<double>>& x) {
+// float64 takes the standard library's tanh, number by number.
+QK_INLINE Vector<double> hyperbolic_tangent(const Vector<double>& x) {
+  double lanes[kLanes];
+  x.store(lanes);
+  for (double& lane : lanes) lane = hyperbolic_tangent(lane);
+  return Vector<double>::load(lanes);
+}
+QK_INLINE Twin<Vector<double>> hyperbolic_tangent(const Twin<Vector<double>>& x) {
   return {hyperbolic_tangent(x.first), hyperbolic_tangent(x.second)};
 }
 

@@ -5,31 +5,15 @@
 namespace qk::cuda {
 namespace {
 
-template <class S>
-cudaError_t launch_typed(const AffineJob& job, const AffineGrid<Compute<S>>* grids, int64_t* step, Stream stream) {
-  const int64_t numel = job.view.numel();
-  const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
-  return dispatch_bool(aligned, [&](auto is_aligned_type) {
-    constexpr bool kAligned = decltype(is_aligned_type)::value;
-    if (job.view.channels == 1) {
-      return launch_over_packs<S>(numel, stream, fake_quantize_tensor_kernel<S, kAligned>, job, numel, grids, step);
-    }
-    return dispatch_bool(job.view.inner % kPackElements<S> != 0, [&](auto is_mixed_type) {
-      return launch_over_packs<S>(numel, stream,
-                                  fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value>, job,
-                                  numel, grids, step);
-    });
-  });
-}
-
 bool needs_table(const AffineJob& job) { return job.view.channels > kSharedChannels && job.view.numel() > 0; }
 
 }  // namespace
 
-cudaError_t launch_fake_quantize(const AffineJob& job, const void* grids, int64_t* step, Stream stream) {
+cudaError_t launch_fake_quantize(const AffineJob& job, const void* table, int64_t* step, Stream stream) {
   return dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    return launch_typed<S>(job, static_cast<const AffineGrid<Compute<S>>*>(grids), step, stream);
+    using T = Compute<S>;
+    return launch_quantizer<S>(job, GivenGrids<T>{static_cast<const AffineGrid<T>*>(table), step}, stream);
   });
 }
 

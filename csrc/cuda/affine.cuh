@@ -12,19 +12,24 @@ namespace qk::cuda {
 // More channels than this get their constants from a launch of their own.
 constexpr int kSharedChannels = kBlockThreads;
 
-// Whole packs of float32 and float64 in flight; the 16 elements of a pack of halves would not fit the registers.
+// Whole packs of float32 in flight; of the other types that would not fit the registers.
 template <class S, bool kAligned>
-constexpr int kTensorChunk = kAligned && sizeof(S) != 2 ? kPackElements<S> : kChunkElements<S, kAligned>;
+constexpr int kTensorChunk = kAligned && sizeof(S) == 4 ? kPackElements<S> : kChunkElements<S, kAligned>;
+
+// No grid of float64 divides (numerics/affine.h).
+template <class T>
+constexpr bool kMayDivide = std::is_same_v<T, float>;
 
 template <AffineMode mode, class S, bool kAligned>
 __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t numel,
                                                const AffineConstants<Compute<S>>& constants) {
-  for_each_pack<S>(numel, [&](int64_t first) {
-    quantize_pack<kTensorChunk<S, kAligned>, kAligned>(static_cast<const S*>(job.input), static_cast<S*>(job.output),
-                                                       job.mask, first, numel, [&](Compute<S> x, bool& passes) {
-                                                         passes = gradient_passes(x, constants);
-                                                         return fake_quantize_element<mode>(x, constants);
-                                                       });
+  for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
+    quantize_pack<kTensorChunk<S, kAligned>, kTensorChunk<S, kAligned>, kAligned>(
+        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel,
+        [&](Compute<S> x, bool& passes) {
+          passes = gradient_passes(x, constants);
+          return fake_quantize_element<mode>(x, constants);
+        });
   });
 }
 
@@ -32,13 +37,12 @@ __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t num
 template <class S, bool kAligned>
 __device__ __forceinline__ void quantize_tensor(const AffineJob& job, int64_t numel,
                                                 const AffineGrid<Compute<S>>& grid) {
-  switch (grid.mode) {
-    case AffineMode::kReciprocal:
-      return quantize_packs<AffineMode::kReciprocal, S, kAligned>(job, numel, grid.constants);
-    case AffineMode::kDivide:
-      return quantize_packs<AffineMode::kDivide, S, kAligned>(job, numel, grid.constants);
-    case AffineMode::kPassThrough:
-      return quantize_packs<AffineMode::kPassThrough, S, kAligned>(job, numel, grid.constants);
+  if (grid.mode == AffineMode::kPassThrough) {
+    quantize_packs<AffineMode::kPassThrough, S, kAligned>(job, numel, grid.constants);
+  } else if (kMayDivide<Compute<S>> && grid.mode == AffineMode::kDivide) {
+    quantize_packs<AffineMode::kDivide, S, kAligned>(job, numel, grid.constants);
+  } else {
+    quantize_packs<AffineMode::kReciprocal, S, kAligned>(job, numel, grid.constants);
   }
 }
 
@@ -47,24 +51,28 @@ __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
   if (grid.mode == AffineMode::kPassThrough) {
     return fake_quantize_element<AffineMode::kPassThrough>(x, grid.constants);
   }
-  if (std::is_same_v<T, double> || grid.mode == AffineMode::kDivide) {
+  if (kMayDivide<T> && grid.mode == AffineMode::kDivide) {
     return fake_quantize_element<AffineMode::kDivide>(x, grid.constants);
   }
   return fake_quantize_element<AffineMode::kReciprocal>(x, grid.constants);
 }
+
+// Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
+template <class S, bool kAligned, bool kMixed>
+constexpr int kChannelsPart = sizeof(S) == 8 ? 1 : (sizeof(S) == 4 && !kMixed ? kChunkElements<S, kAligned> : 2);
 
 // Every element on the grid of its channel. One division per pack finds the first element's channel. kMixed: a pack may
 // cross from one channel to the next, because the inner size is no multiple of the pack's.
 template <class S, bool kAligned, bool kMixed>
 __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t numel,
                                                   const AffineGrid<Compute<S>>* grids) {
-  for_each_pack<S>(numel, [&](int64_t first) {
+  for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
     constexpr int kPast = kPackElements<S> + 1;  // no pack reaches that far
     const int64_t segment = first / job.view.inner;
     const int64_t in_segment = (segment + 1) * job.view.inner - first;
     int left = in_segment < kPast ? static_cast<int>(in_segment) : kPast;
     const AffineGrid<Compute<S>>* grid = grids + segment % job.view.channels;
-    quantize_pack<kChunkElements<S, kAligned>, kAligned>(
+    quantize_pack<kChunkElements<S, kAligned>, kChannelsPart<S, kAligned, kMixed>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel,
         [&](Compute<S> x, bool& passes) {
           if (kMixed && left == 0) {
@@ -84,56 +92,76 @@ __device__ __forceinline__ void advance_once(int64_t* step) {
   if (step != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*step;
 }
 
-// `grids` has the job's grids, or is null: then every block computes them from scale and zero point. With `grids`,
-// `step` is advanced unless it is null.
-template <class S, bool kAligned>
-__global__ void __maxnreg__(kMaxRegisters<S>)
-    fake_quantize_tensor_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* grids, int64_t* step) {
-  QK_SHARED(AffineGrid<Compute<S>>, grid, 1);
-  if (threadIdx.x == 0) grid[0] = grids != nullptr ? grids[0] : channel_grid<Compute<S>>(job, 0);
-  __syncthreads();
-  advance_once(step);
-  quantize_tensor<S, kAligned>(job, numel, grid[0]);
+// Where a kernel has its grids from: a function of the job and of shared memory of the block, called by every thread,
+// that returns them. This one has them in `table`, or if that is null computes them from the job's scale and zero
+// point, for up to kSharedChannels channels. With a table, `step` is advanced unless it is null.
+template <class T>
+struct GivenGrids {
+  const AffineGrid<T>* table;
+  int64_t* step;
+
+  __device__ __forceinline__ const AffineGrid<T>* operator()(const AffineJob& job, AffineGrid<T>* block_grids) const {
+    if (table != nullptr) {
+      advance_once(step);
+      return table;
+    }
+    if (threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<T>(job, threadIdx.x);
+    __syncthreads();
+    return block_grids;
+  }
+};
+
+template <class S, bool kAligned, class Grids>
+__global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob job, int64_t numel, Grids grids) {
+  QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
+  grids(job, block_grid);  // which returns it: tables are for more than one channel
+  quantize_tensor<S, kAligned>(job, numel, block_grid[0]);
 }
 
-// 8 halves in flight, and with kMixed another channel at any of them, do not fit 40 registers.
-template <class S, bool kMixed>
-constexpr int kChannelsRegisters = kMixed && sizeof(S) == 2 ? 48 : kMaxRegisters<S>;
-
-// As above; null `grids` only for up to kSharedChannels channels.
-template <class S, bool kAligned, bool kMixed>
-__global__ void __maxnreg__((kChannelsRegisters<S, kMixed>))
-    fake_quantize_channels_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* grids, int64_t* step) {
+template <class S, bool kAligned, bool kMixed, class Grids>
+__global__ void __maxnreg__(kMaxRegisters) fake_quantize_channels_kernel(AffineJob job, int64_t numel, Grids grids) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grids, kSharedChannels);
-  if (grids == nullptr) {
-    if (threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<Compute<S>>(job, threadIdx.x);
-    __syncthreads();
-    grids = block_grids;
-  }
-  advance_once(step);
-  quantize_channels<S, kAligned, kMixed>(job, numel, grids);
+  quantize_channels<S, kAligned, kMixed>(job, numel, grids(job, block_grids));
+}
+
+// For a job of at least one element.
+template <class S, class Grids>
+cudaError_t launch_quantizer(const AffineJob& job, const Grids& grids, Stream stream) {
+  const int64_t numel = job.view.numel();
+  const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
+  return dispatch_bool(aligned, [&](auto is_aligned_type) {
+    constexpr bool kAligned = decltype(is_aligned_type)::value;
+    if (job.view.channels == 1) {
+      return launch_over_packs<kPackElements<S>>(numel, stream, fake_quantize_tensor_kernel<S, kAligned, Grids>, job,
+                                                 numel, grids);
+    }
+    return dispatch_bool(job.view.inner % kPackElements<S> != 0, [&](auto is_mixed_type) {
+      return launch_over_packs<kPackElements<S>>(
+          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value, Grids>, job, numel,
+          grids);
+    });
+  });
 }
 
 template <class T>
-__global__ void __maxnreg__(kMaxRegisters<T>) channel_grids_kernel(AffineJob job, AffineGrid<T>* grids) {
+__global__ void __launch_bounds__(kBlockThreads) channel_grids_kernel(AffineJob job, AffineGrid<T>* grids) {
   const int64_t stride = int64_t{gridDim.x} * kBlockThreads;
   int64_t channel = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
   for (; channel < job.view.channels; channel += stride) grids[channel] = channel_grid<T>(job, channel);
 }
 
-// The quantization of a job of at least one element; `grids` (of the job's compute type) and `step` as in the kernels.
-cudaError_t launch_fake_quantize(const AffineJob& job, const void* grids, int64_t* step, Stream stream);
+// The quantization of a job of at least one element; `table` (of the job's compute type) and `step` as in GivenGrids.
+cudaError_t launch_fake_quantize(const AffineJob& job, const void* table, int64_t* step, Stream stream);
 
 // U has the size of an element.
 template <class U, bool kAligned>
 struct StraightThrough {
-  using Storage = U;
-  static constexpr int kRegisters = kMaxRegisters<U>;
+  static constexpr int kElements = kPackElements<U>;
 
   StraightThroughJob job;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
-    constexpr int N = kPackElements<U>;
+    constexpr int N = kElements;
     Pack<U> pack = load_vector<N, kAligned>(static_cast<const U*>(job.grad_output), first, job.numel);
     const unsigned bits = load_mask<N, kAligned>(job.mask, first, elements_left<N>(first, job.numel));
 #pragma unroll

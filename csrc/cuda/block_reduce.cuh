@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../numerics/extrema.h"
 #include "launch.cuh"
 
 namespace qk::cuda {
@@ -18,18 +19,12 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
 
-// Combining operations: associative, commutative but for the choice between equal zeros and between NaNs. NaN
-// propagates, which min.f32 and fminf do not do.
-struct Minimum {
+// What reductions combine with. NaN propagates.
+struct CombineExtrema {
   template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return b < a || b != b ? b : a;
-  }
-};
-struct Maximum {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return b > a || b != b ? b : a;
+  __device__ __forceinline__ Extrema<T> operator()(Extrema<T> a, const Extrema<T>& b) const {
+    a.combine(b.min, b.max);
+    return a;
   }
 };
 // Commutative, not associative: deterministic only in a fixed tree.
@@ -37,20 +32,6 @@ struct Sum {
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {
     return a + b;
-  }
-};
-
-template <class T>
-struct MinMax {
-  T min, max;
-
-  // The identity of CombineMinMax.
-  static __device__ __forceinline__ MinMax empty() { return {T(INFINITY), T(-INFINITY)}; }
-};
-struct CombineMinMax {
-  template <class T>
-  __device__ __forceinline__ MinMax<T> operator()(MinMax<T> a, MinMax<T> b) const {
-    return {Minimum{}(a.min, b.min), Maximum{}(a.max, b.max)};
   }
 };
 
@@ -91,8 +72,8 @@ __device__ __forceinline__ T block_reduce(T value, T identity, Combine combine) 
 }
 
 template <class T>
-__device__ __forceinline__ MinMax<T> block_min_max(MinMax<T> value) {
-  return block_reduce(value, MinMax<T>::empty(), CombineMinMax{});
+__device__ __forceinline__ Extrema<T> block_extrema(Extrema<T> value) {
+  return block_reduce(value, Extrema<T>::empty(), CombineExtrema{});
 }
 
 // The sum's tree depends on the block size. For a sum over a grid that does not depend on the number of blocks, give

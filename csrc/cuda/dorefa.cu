@@ -137,8 +137,7 @@ cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stre
     if (error != cudaSuccess) return error;
     const bool is_aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.grad_input);
     return dispatch_bool(is_aligned, [&](auto aligned) {
-      const auto levels = make_levels<Compute<S>>(job.bits);
-      const DoReFaGradient<S, decltype(aligned)::value> operation{job, levels, space.largest, space.drawn_step};
+      const DoReFaGradient<S, decltype(aligned)::value> operation(job, space.largest, space.drawn_step);
       return launch_packs(operation, numel, stream);
     });
   });

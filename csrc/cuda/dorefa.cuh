@@ -10,26 +10,23 @@
 
 namespace qk::cuda {
 
-// Float quotients by a constant take two multiplications; float64 divides, as the contract's reference does.
-template <class T>
-constexpr bool kReciprocal = std::is_same_v<T, float>;
+constexpr bool kReciprocal = true;  // quotients by n take two multiplications (numerics/dorefa.h)
 
 template <class S, bool kAligned>
 struct DoReFaActivation {
-  using Storage = S;
-  static constexpr int kRegisters = kMaxRegisters<S>;
+  static constexpr int kElements = kPackElements<S>;
 
   DoReFaActivationJob job;
   Levels<Compute<S>> levels;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
-    quantize_pack<kChunkElements<S, kAligned>, kAligned>(static_cast<const S*>(job.input), static_cast<S*>(job.output),
-                                                         job.mask, first, job.numel, [&](T x, bool& passes) {
-                                                           passes = x >= T(0) && x <= T(1);
-                                                           return dorefa_activation_element<kReciprocal<T>>(x, levels,
-                                                                                                            T(1), T(0));
-                                                         });
+    quantize_pack<kChunkElements<S, kAligned>, kChunkElements<S, kAligned>, kAligned>(
+        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, job.numel,
+        [&](T x, bool& passes) {
+          passes = x >= T(0) && x <= T(1);
+          return dorefa_activation_element<kReciprocal>(x, levels, T(1), T(0));
+        });
   }
 };
 
@@ -38,8 +35,8 @@ template <class T>
 struct StoreLargestTanh {
   T* statistic;
 
-  __device__ __forceinline__ void operator()(int64_t, MinMax<T> extrema) const {
-    *statistic = hyperbolic_tangent(largest_magnitude(extrema));
+  __device__ __forceinline__ void operator()(int64_t, Extrema<T> extrema) const {
+    *statistic = hyperbolic_tangent(extrema.largest_magnitude());
   }
 };
 
@@ -50,13 +47,11 @@ struct StoreLargestMagnitude {
   int64_t* rng_state;
   int64_t* drawn_step;
 
-  __device__ __forceinline__ void operator()(int64_t sample, MinMax<T> extrema) const {
-    largest[sample] = largest_magnitude(extrema);
+  __device__ __forceinline__ void operator()(int64_t sample, Extrema<T> extrema) const {
+    largest[sample] = extrema.largest_magnitude();
     if (sample == 0) *drawn_step = rng_state[1]++;
   }
 };
-
-constexpr int64_t kSumPart = 1 << 14;
 
 // finish(sum of term(i) over all i), called once. `partials` has an element per part; `counter` is zero.
 template <class Term, class Finish>
@@ -121,8 +116,7 @@ struct StoreMean {
 // One bit.
 template <class S, bool kAligned>
 struct DoReFaSign {
-  using Storage = S;
-  static constexpr int kRegisters = kMaxRegisters<S>;
+  static constexpr int kElements = kAccessElements<S>;
 
   DoReFaWeightJob job;
 
@@ -131,7 +125,7 @@ struct DoReFaSign {
     using T = Compute<S>;
     const T mean = *static_cast<const T*>(job.statistic);
 #pragma unroll 1
-    for (int at = 0; at < kPackElements<S>; at += N) {
+    for (int at = 0; at < kElements; at += N) {
       Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
 #pragma unroll
       for (int i = 0; i < N; ++i) w[i] = narrow<S>(dorefa_sign_element(widen(w[i]), mean, T(0)));
@@ -143,8 +137,7 @@ struct DoReFaSign {
 // Two bits and more.
 template <class S, bool kAligned>
 struct DoReFaWeight {
-  using Storage = S;
-  static constexpr int kRegisters = kMaxRegisters<S>;
+  static constexpr int kElements = kAccessElements<S>;
 
   DoReFaWeightJob job;
   Levels<Compute<S>> levels;
@@ -155,11 +148,11 @@ struct DoReFaWeight {
     const T largest = *static_cast<const T*>(job.statistic);
     const T twice_largest = largest == T(0) ? T(1) : T(2) * largest;
 #pragma unroll 1
-    for (int at = 0; at < kPackElements<S>; at += N) {
+    for (int at = 0; at < kElements; at += N) {
       Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        w[i] = narrow<S>(dorefa_weight_element<kReciprocal<T>>(widen(w[i]), twice_largest, levels, T(1), T(0.5)));
+        w[i] = narrow<S>(dorefa_weight_element<kReciprocal>(widen(w[i]), twice_largest, levels, T(1), T(0.5)));
       }
       store_vector<N, kAligned>(static_cast<S*>(job.output), first + at, job.numel, w);
     }
@@ -206,8 +199,8 @@ struct StoreThroughLargest {
 
 template <class S, bool kAligned>
 struct DoReFaWeightGradient {
-  using Storage = S;
-  static constexpr int kRegisters = sizeof(S) == 2 ? 48 : kMaxRegisters<S>;
+  static constexpr int kElements = kAccessElements<S>;
+  static constexpr int kPart = sizeof(S) == 8 ? 1 : 2;  // elements computed at a time, for the registers
 
   DoReFaWeightGradientJob job;
   const Compute<S>* through_largest;
@@ -218,15 +211,20 @@ struct DoReFaWeightGradient {
     const T largest = *static_cast<const T*>(job.statistic);
     const T through = *through_largest;
 #pragma unroll 1
-    for (int at = 0; at < kPackElements<S>; at += N) {
+    for (int at = 0; at < kElements; at += N) {
       Vector<S, N> g = load_vector<N, kAligned>(static_cast<const S*>(job.grad_output), first + at, job.numel);
-      const Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.weight), first + at, job.numel);
+      Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.weight), first + at, job.numel);
+#pragma unroll 1
+      for (int part = 0; part < N; part += kPart) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        // All weights zero: the quotient is the constant 0.
-        const T t = hyperbolic_tangent(widen(w[i]));
-        const T exact = dorefa_weight_gradient(widen(g[i]), t, largest, through, T(1), T(0));
-        g[i] = narrow<S>(largest == T(0) ? T(0) : exact);
+        for (int i = 0; i < kPart; ++i) {
+          // All weights zero: the quotient is the constant 0.
+          const T t = hyperbolic_tangent(widen(w[i]));
+          const T exact = dorefa_weight_gradient(widen(g[i]), t, largest, through, T(1), T(0));
+          g[i] = narrow<S>(largest == T(0) ? T(0) : exact);
+        }
+        rotate<kPart>(g);
+        rotate<kPart>(w);
       }
       store_vector<N, kAligned>(static_cast<S*>(job.grad_input), first + at, job.numel, g);
     }
@@ -239,45 +237,60 @@ constexpr int kNoiseElements = 4;
 // With max|g| per sample.
 template <class S, bool kAligned>
 struct DoReFaGradient {
-  using Storage = S;
-  // Philox and a division side by side: this kernel computes more than it moves.
-  static constexpr int kRegisters = std::is_same_v<S, double> ? 80 : 64;
+  static constexpr int kElements = kAccessElements<S> > kNoiseElements ? kAccessElements<S> : kNoiseElements;
+  static constexpr int kPart = sizeof(S) == 8 ? 1 : 2;
 
   DoReFaGradientJob job;
+  int32_t longest_run;  // of elements of one sample in a pack
   Levels<Compute<S>> levels;
   const Compute<S>* largest;
   const int64_t* drawn_step;
 
+  DoReFaGradient(const DoReFaGradientJob& gradient_job, const Compute<S>* largest_of_samples, const int64_t* step)
+      : job(gradient_job),
+        longest_run(job.inner < kElements ? static_cast<int32_t>(job.inner) : kElements),
+        levels(make_levels<Compute<S>>(job.bits)),
+        largest(largest_of_samples),
+        drawn_step(step) {}
+
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
-    constexpr int N = kAligned && kAccessElements<S> > kNoiseElements ? kAccessElements<S> : kNoiseElements;
+    constexpr int N = kChunkElements<S, kAligned>;
     const int64_t numel = job.samples * job.inner;
     int64_t sample = first / job.inner;
     const int64_t in_sample = (sample + 1) * job.inner - first;
-    int left = in_sample < kPackElements<S> ? static_cast<int>(in_sample) : kPackElements<S>;
-    T m = largest[sample];
+    int left = in_sample < longest_run ? static_cast<int>(in_sample) : longest_run;
+    T twice_largest = T(2) * largest[sample];
+    Vector<uint32_t, kNoiseElements> noise{};
 #pragma unroll 1
-    for (int at = 0; at < kPackElements<S>; at += N) {
+    for (int at = 0; at < kElements; at += N) {
       Vector<S, N> g = load_vector<N, kAligned>(static_cast<const S*>(job.grad_output), first + at, numel);
-      PhiloxBlock noise{};
+#pragma unroll 1
+      for (int part = 0; part < N; part += kPart) {
+        if ((at + part) % kNoiseElements == 0) noise = draw((first + at + part) / kNoiseElements);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i % kNoiseElements == 0) {
-          const int64_t block = (first + at + i) / kNoiseElements;
-          noise = philox4x32(philox_counter(block, *drawn_step), philox_key(job.rng_state[0]));
+        for (int i = 0; i < kPart; ++i) {
+          if (left == 0 && sample + 1 < job.samples) {
+            twice_largest = T(2) * largest[++sample];
+            left = longest_run;
+          }
+          --left;
+          const T sigma = static_cast<T>(centred_uniform(noise[i]));
+          const T quantized =
+              dorefa_gradient_element<kReciprocal>(widen(g[i]), sigma, twice_largest, levels, T(1), T(0.5), T(0));
+          g[i] = narrow<S>(twice_largest == T(0) ? T(0) : quantized);
         }
-        if (left == 0 && sample + 1 < job.samples) {
-          m = largest[++sample];
-          left = job.inner < kPackElements<S> ? static_cast<int>(job.inner) : kPackElements<S>;
-        }
-        --left;
-        const T sigma = static_cast<T>(centred_uniform(noise.word[i % kNoiseElements]));
-        const T quantized =
-            dorefa_gradient_element<kReciprocal<T>>(widen(g[i]), sigma, T(2) * m, levels, T(1), T(0.5), T(0));
-        g[i] = narrow<S>(m == T(0) ? T(0) : quantized);
+        rotate<kPart>(g);
+        rotate<kPart>(noise);
       }
       store_vector<N, kAligned>(static_cast<S*>(job.grad_input), first + at, numel, g);
     }
+  }
+
+ private:
+  __device__ __forceinline__ Vector<uint32_t, kNoiseElements> draw(int64_t block) const {
+    const PhiloxBlock words = philox4x32(philox_counter(block, *drawn_step), philox_key(job.rng_state[0]));
+    return {{words.word[0], words.word[1], words.word[2], words.word[3]}};
   }
 };
 

@@ -1,6 +1,7 @@
-// Owns the minimum-maximum reduction over [outer, channels, inner] tensors, in one launch: blocks reduce slices of a
-// channel, and the last block of a channel to arrive combines them and hands the result to a finishing operation.
-// Minimum and maximum are exact, so the partition cannot show in a result.
+// Owns the minimum-maximum reduction over [outer, channels, inner] tensors: blocks reduce slices of a channel, and
+// either the last block of a channel to arrive combines them and hands the result to a finishing operation, in one
+// launch; or every block of the next launch combines what it needs. Minimum and maximum are exact, so the partition
+// cannot show in a result.
 #pragma once
 
 #include "block_reduce.cuh"
@@ -21,7 +22,7 @@ struct ReductionPlan {
   bool is_vectorised;  // by row: a unit is a 16-byte vector, else one element
 };
 
-constexpr int64_t kMaxItems = 2048;  // two waves on the largest devices
+constexpr int64_t kMaxItems = 1024;  // more than the largest devices hold blocks
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kLongestColumnRun = 64;
 
@@ -58,17 +59,59 @@ ReductionPlan plan_reduction(const void* input, ChannelView view) {
   return plan;
 }
 
+// A block for each item of work.
+inline unsigned item_blocks(const ReductionPlan& plan) {
+  constexpr int64_t kMostBlocks = 1 << 20;
+  const int64_t items = plan.groups * plan.slices;
+  return static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks);
+}
+
+// The place of a slice's extrema: neighbouring channels lie side by side.
+__device__ __forceinline__ int64_t partial_index(const ReductionPlan& plan, int64_t channel, int64_t slice) {
+  return slice * plan.view.channels + channel;
+}
+
+// Combines the values of threads i, i + width, i + 2 width, ... of the first `rows` rows into element i.
 template <class T>
-__device__ __forceinline__ void accumulate(MinMax<T>& total, T x) {
-  total = CombineMinMax{}(total, MinMax<T>{x, x});
+__device__ __forceinline__ const Extrema<T>* combine_rows(Extrema<T> value, int width, int rows) {
+  QK_SHARED(Extrema<T>, values, kBlockThreads);
+  const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();  // the previous call's values have been read
+  values[thread] = value;
+  __syncthreads();
+  for (int height = rows; height > 1;) {
+    const int half = (height + 1) / 2;
+    if (thread / width + half < height) {
+      values[thread] = CombineExtrema{}(values[thread], values[thread + half * width]);
+    }
+    __syncthreads();
+    height = half;
+  }
+  return values;
+}
+
+// The extrema over all slices of channel first + i in thread i < width.
+template <class T>
+__device__ __forceinline__ Extrema<T> gather_channels(const Extrema<T>* partials, const ReductionPlan& plan,
+                                                      int64_t first, int width) {
+  const int rows = kBlockThreads / width;
+  const int row = static_cast<int>(threadIdx.x) / width;
+  const int64_t channel = first + static_cast<int>(threadIdx.x) % width;
+  Extrema<T> total = Extrema<T>::empty();
+  if (row < rows && channel < plan.view.channels) {
+    for (int64_t slice = row; slice < plan.slices; slice += rows) {
+      total = CombineExtrema{}(total, partials[partial_index(plan, channel, slice)]);
+    }
+  }
+  return combine_rows(total, width, rows)[threadIdx.x];
 }
 
 template <int N>
 struct ByRow {
   // The extrema of one slice, in thread 0.
   template <class S>
-  static __device__ __forceinline__ MinMax<Compute<S>> reduce(const S* input, const ReductionPlan& plan,
-                                                              int64_t channel, int64_t slice) {
+  static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan,
+                                                               int64_t channel, int64_t slice) {
     const ChannelView& view = plan.view;
     const int64_t units_per_run = (view.inner + N - 1) / N;
     const int64_t units = view.outer * units_per_run;
@@ -79,7 +122,7 @@ struct ByRow {
     int64_t at = unit % units_per_run;
     const int64_t run_step = kBlockThreads / units_per_run;
     const int64_t at_step = kBlockThreads % units_per_run;
-    MinMax<Compute<S>> total = MinMax<Compute<S>>::empty();
+    Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
 #pragma unroll 2
     for (; unit < end; unit += kBlockThreads) {
       const S* row = input + (run * view.channels + channel) * view.inner;
@@ -87,7 +130,8 @@ struct ByRow {
       const int count = elements_left<N>(at * N, view.inner);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        if (i < count) accumulate(total, widen(vector[i]));
+        const Compute<S> x = widen(vector[i]);
+        if (i < count) total.combine(x, x);
       }
       run += run_step;
       at += at_step;
@@ -96,18 +140,18 @@ struct ByRow {
         ++run;
       }
     }
-    return block_min_max(total);
+    return block_extrema(total);
   }
 
   // The extrema of all slices, in thread 0.
   template <class T>
-  static __device__ __forceinline__ MinMax<T> gather(const MinMax<T>* partials, const ReductionPlan& plan,
-                                                     int64_t channel) {
-    MinMax<T> total = MinMax<T>::empty();
+  static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
+                                                      int64_t channel) {
+    Extrema<T> total = Extrema<T>::empty();
     for (int64_t slice = threadIdx.x; slice < plan.slices; slice += kBlockThreads) {
-      total = CombineMinMax{}(total, partials[channel * plan.slices + slice]);
+      total = CombineExtrema{}(total, partials[partial_index(plan, channel, slice)]);
     }
-    return block_min_max(total);
+    return block_extrema(total);
   }
 
   // The channel whose extrema this thread has after `reduce` or `gather`, or -1.
@@ -117,28 +161,9 @@ struct ByRow {
 };
 
 struct ByColumn {
-  // Combines the values of threads i, i + width, i + 2 width, ... of the first `rows` rows into element i.
-  template <class T>
-  static __device__ __forceinline__ const MinMax<T>* combine_rows(MinMax<T> value, int width, int rows) {
-    QK_SHARED(MinMax<T>, values, kBlockThreads);
-    const int thread = static_cast<int>(threadIdx.x);
-    __syncthreads();  // the previous call's values have been read
-    values[thread] = value;
-    __syncthreads();
-    for (int height = rows; height > 1;) {
-      const int half = (height + 1) / 2;
-      if (thread / width + half < height) {
-        values[thread] = CombineMinMax{}(values[thread], values[thread + half * width]);
-      }
-      __syncthreads();
-      height = half;
-    }
-    return values;
-  }
-
   template <class S>
-  static __device__ __forceinline__ MinMax<Compute<S>> reduce(const S* input, const ReductionPlan& plan, int64_t tile,
-                                                              int64_t slice) {
+  static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan, int64_t tile,
+                                                               int64_t slice) {
     const ChannelView& view = plan.view;
     const int inner = static_cast<int>(view.inner);
     const int width = plan.tile_channels * inner;
@@ -147,37 +172,28 @@ struct ByColumn {
     const int64_t column = tile * width + static_cast<int>(threadIdx.x) % width;
     const int64_t columns = view.channels * view.inner;
     const int64_t end = (slice + 1) * plan.slice_length < view.outer ? (slice + 1) * plan.slice_length : view.outer;
-    MinMax<Compute<S>> total = MinMax<Compute<S>>::empty();
+    Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
     if (row < rows && column < columns) {
 #pragma unroll 4
       for (int64_t o = slice * plan.slice_length + row; o < end; o += rows) {
-        accumulate(total, widen(input[o * columns + column]));
+        const Compute<S> x = widen(input[o * columns + column]);
+        total.combine(x, x);
       }
     }
-    const MinMax<Compute<S>>* of_column = combine_rows(total, width, rows);
-    MinMax<Compute<S>> of_channel = MinMax<Compute<S>>::empty();
+    const Extrema<Compute<S>>* of_column = combine_rows(total, width, rows);
+    Extrema<Compute<S>> of_channel = Extrema<Compute<S>>::empty();
     if (static_cast<int>(threadIdx.x) < plan.tile_channels) {
       for (int i = 0; i < inner; ++i) {
-        of_channel = CombineMinMax{}(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
+        of_channel = CombineExtrema{}(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
       }
     }
     return of_channel;
   }
 
   template <class T>
-  static __device__ __forceinline__ MinMax<T> gather(const MinMax<T>* partials, const ReductionPlan& plan,
-                                                     int64_t tile) {
-    const int width = plan.tile_channels;
-    const int rows = kBlockThreads / width;
-    const int row = static_cast<int>(threadIdx.x) / width;
-    const int64_t channel = tile * width + static_cast<int>(threadIdx.x) % width;
-    MinMax<T> total = MinMax<T>::empty();
-    if (row < rows && channel < plan.view.channels) {
-      for (int64_t slice = row; slice < plan.slices; slice += rows) {
-        total = CombineMinMax{}(total, partials[channel * plan.slices + slice]);
-      }
-    }
-    return combine_rows(total, width, rows)[threadIdx.x];
+  static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
+                                                      int64_t tile) {
+    return gather_channels(partials, plan, tile * plan.tile_channels, plan.tile_channels);
   }
 
   static __device__ __forceinline__ int64_t owned_channel(const ReductionPlan& plan, int64_t tile) {
@@ -186,19 +202,32 @@ struct ByColumn {
   }
 };
 
+// The extrema of every slice, into `partials`.
+template <class Mapping, class S>
+__device__ __forceinline__ void reduce_slices(const S* input, const ReductionPlan& plan,
+                                              Extrema<Compute<S>>* partials) {
+  for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
+    const int64_t group = item / plan.slices;
+    const int64_t slice = item % plan.slices;
+    const Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
+    const int64_t channel = Mapping::owned_channel(plan, group);
+    if (channel >= 0) partials[partial_index(plan, channel, slice)] = extrema;
+  }
+}
+
 // finish(channel, extrema) is called once per channel. `counters` holds a zero per group; it and `partials`, with
 // channels * slices elements, are used only with several slices.
 template <class S, class Mapping, class Finish>
 __global__ void __launch_bounds__(kBlockThreads)
-    extrema_kernel(const S* input, ReductionPlan plan, MinMax<Compute<S>>* partials, unsigned* counters,
+    extrema_kernel(const S* input, ReductionPlan plan, Extrema<Compute<S>>* partials, unsigned* counters,
                    Finish finish) {
   for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
     const int64_t group = item / plan.slices;
     const int64_t slice = item % plan.slices;
-    MinMax<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
+    Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
     const int64_t channel = Mapping::owned_channel(plan, group);
     if (plan.slices > 1) {
-      if (channel >= 0) partials[channel * plan.slices + slice] = extrema;
+      if (channel >= 0) partials[partial_index(plan, channel, slice)] = extrema;
       if (!arrives_last(counters + group, static_cast<unsigned>(plan.slices))) continue;
       extrema = Mapping::gather(partials, plan, group);
     }
@@ -210,11 +239,11 @@ __global__ void __launch_bounds__(kBlockThreads)
 template <class T>
 struct ReductionWorkspace {
   unsigned* counters;
-  MinMax<T>* partials;
+  Extrema<T>* partials;
 
   ReductionWorkspace(WorkspaceLayout& layout, const ReductionPlan& plan)
       : counters(layout.take<unsigned>(plan.slices > 1 ? plan.groups : 0)),
-        partials(layout.take<MinMax<T>>(plan.view.channels * plan.slices)) {}
+        partials(layout.take<Extrema<T>>(plan.view.channels * plan.slices)) {}
 };
 
 // f(Mapping{}) with the plan's.
@@ -235,11 +264,8 @@ cudaError_t launch_extrema(Mapping, const void* input, const ReductionPlan& plan
     const cudaError_t error = cudaMemsetAsync(workspace.counters, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
-  constexpr int64_t kMostBlocks = 1 << 20;
-  const int64_t items = plan.groups * plan.slices;
-  const unsigned blocks = static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks);
-  return launch(extrema_kernel<S, Mapping, Finish>, blocks, kBlockThreads, stream, static_cast<const S*>(input), plan,
-                workspace.partials, workspace.counters, finish);
+  return launch(extrema_kernel<S, Mapping, Finish>, item_blocks(plan), kBlockThreads, stream,
+                static_cast<const S*>(input), plan, workspace.partials, workspace.counters, finish);
 }
 
 template <class S>
@@ -247,16 +273,10 @@ struct StoreExtrema {
   S* min;
   S* max;
 
-  __device__ __forceinline__ void operator()(int64_t channel, MinMax<Compute<S>> extrema) const {
+  __device__ __forceinline__ void operator()(int64_t channel, Extrema<Compute<S>> extrema) const {
     min[channel] = narrow<S>(extrema.min);
     max[channel] = narrow<S>(extrema.max);
   }
 };
-
-// max|x|, for a NaN in the channel NaN.
-template <class T>
-__device__ __forceinline__ T largest_magnitude(MinMax<T> extrema) {
-  return Maximum{}(extrema.max, -extrema.min);
-}
 
 }  // namespace qk::cuda

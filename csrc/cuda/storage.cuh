@@ -4,35 +4,17 @@
 
 #include <type_traits>
 
-#include "../jobs.h"
-#include "../numerics/half.h"
+#include "../numerics/dispatch.h"
 #include "vector_io.cuh"
 
 namespace qk::cuda {
 
 constexpr int kBlockThreads = 256;
-// Registers of a thread of an elementwise kernel on storage type S: with 40 a multiprocessor holds 1536 threads. The
-// division of float64 alone needs more than that leaves; 1024 threads with whole packs in flight are enough there.
-template <class S>
-constexpr int kMaxRegisters = std::is_same_v<S, double> ? 64 : 40;
+// Registers of a thread of an elementwise kernel: with 40 a multiprocessor of 65536 holds 1536 threads.
+constexpr int kMaxRegisters = 40;
 
 template <class S>
 using Compute = typename ComputeType<S>::type;
-
-// Calls f(S{}) with the storage type of `dtype`.
-template <class F>
-auto dispatch_storage(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat16:
-      return f(Half{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 // The conversions of numerics/half.h, by the hardware's instructions where there are any: the widening ones are exact,
 // the narrowing ones round to nearest even (PTX ISA, cvt).
@@ -67,17 +49,13 @@ __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
 #endif
 #endif
 
-// A pack is what a thread handles at a time: two 16-byte accesses and more in flight, and whole bytes of the mask.
+// A pack is what a thread handles at a time. With a mask it is whole bytes of it, two 16-byte accesses and more;
+// without one a single access, so that neighbouring threads read neighbouring bytes.
 template <class S>
 constexpr int kPackElements = sizeof(S) == 2 ? 16 : 8;
 
 template <class S>
 using Pack = Vector<S, kPackElements<S>>;
-
-template <class S>
-int64_t pack_count(int64_t numel) {
-  return (numel + kPackElements<S> - 1) / kPackElements<S>;
-}
 
 template <class S>
 bool is_pack_aligned(const void* pointer) {
@@ -113,9 +91,9 @@ __device__ __forceinline__ void store_mask(uint8_t* mask, int64_t first, int cou
   }
 }
 
-// One pack of a quantizer with a mask: y = quantize(x, passes) for each element. A pack is worked on in chunks of
-// kChunk elements, which bound the registers.
-template <int kChunk, bool kAligned, class S, class Quantize>
+// One pack of a quantizer with a mask: y = quantize(x, passes) for each element. A pack is loaded and stored in chunks
+// of kChunk elements and computed in parts of kPart, which bound the registers.
+template <int kChunk, int kPart, bool kAligned, class S, class Quantize>
 __device__ __forceinline__ void quantize_pack(const S* input, S* output, uint8_t* mask, int64_t first, int64_t numel,
                                               const Quantize& quantize) {
   constexpr int N = kPackElements<S>;
@@ -123,14 +101,17 @@ __device__ __forceinline__ void quantize_pack(const S* input, S* output, uint8_t
 #pragma unroll 1
   for (int at = 0; at < N; at += kChunk) {
     Vector<S, kChunk> chunk = load_vector<kChunk, kAligned>(input, first + at, numel);
-    unsigned chunk_bits = 0;
+#pragma unroll 1
+    for (int part = 0; part < kChunk; part += kPart) {
+      bits >>= kPart;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      bool passes;
-      chunk[i] = narrow<S>(quantize(widen(chunk[i]), passes));
-      chunk_bits |= static_cast<unsigned>(passes) << i;
+      for (int i = 0; i < kPart; ++i) {
+        bool passes;
+        chunk[i] = narrow<S>(quantize(widen(chunk[i]), passes));
+        bits |= static_cast<unsigned>(passes) << (N - kPart + i);
+      }
+      rotate<kPart>(chunk);
     }
-    bits |= chunk_bits << at;
     store_vector<kChunk, kAligned>(output, first + at, numel, chunk);
   }
   store_mask<N, kAligned>(mask, first, elements_left<N>(first, numel), bits);
@@ -140,27 +121,27 @@ __device__ __forceinline__ void quantize_pack(const S* input, S* output, uint8_t
 template <class S, bool kAligned>
 constexpr int kChunkElements = kAligned ? kAccessElements<S> : 2;
 
-// body(first element of a pack) for the packs of this thread.
-template <class S, class Body>
+// body(first element of a pack) for the packs of N elements of this thread.
+template <int N, class Body>
 __device__ __forceinline__ void for_each_pack(int64_t numel, const Body& body) {
-  const int64_t stride = int64_t{gridDim.x} * kBlockThreads * kPackElements<S>;
-  int64_t first = (int64_t{blockIdx.x} * kBlockThreads + threadIdx.x) * kPackElements<S>;
+  const int64_t stride = int64_t{gridDim.x} * kBlockThreads * N;
+  int64_t first = (int64_t{blockIdx.x} * kBlockThreads + threadIdx.x) * N;
   for (; first < numel; first += stride) body(first);
 }
 
-// Runs an operation that needs nothing but its members: operation(first) computes one pack of Operation::Storage.
+// Runs an operation that needs nothing but its members: operation(first) computes Operation::kElements elements.
 template <class Operation>
-__global__ void __maxnreg__(Operation::kRegisters) pack_kernel(Operation operation, int64_t numel) {
-  for_each_pack<typename Operation::Storage>(numel, operation);
+__global__ void __maxnreg__(kMaxRegisters) pack_kernel(Operation operation, int64_t numel) {
+  for_each_pack<Operation::kElements>(numel, operation);
 }
 
-// One launch of kernel(arguments...) with a thread for each pack of `numel` > 0 elements, at most a full device of
+// One launch of kernel(arguments...) with a thread for each pack of N of `numel` > 0 elements, at most a full device of
 // them.
-template <class S, class... Parameters>
+template <int N, class... Parameters>
 cudaError_t launch_over_packs(int64_t numel, Stream stream, void (*kernel)(Parameters...),
                               typename Parameter<Parameters>::type... arguments) {
   unsigned blocks = 0;
-  const cudaError_t error = grid_stride_blocks(kernel, kBlockThreads, pack_count<S>(numel), &blocks);
+  const cudaError_t error = grid_stride_blocks(kernel, kBlockThreads, (numel + N - 1) / N, &blocks);
   if (error != cudaSuccess) return error;
   return launch(kernel, blocks, kBlockThreads, stream, arguments...);
 }
@@ -168,7 +149,7 @@ cudaError_t launch_over_packs(int64_t numel, Stream stream, void (*kernel)(Param
 template <class Operation>
 cudaError_t launch_packs(const Operation& operation, int64_t numel, Stream stream) {
   if (numel == 0) return cudaSuccess;
-  return launch_over_packs<typename Operation::Storage>(numel, stream, pack_kernel<Operation>, operation, numel);
+  return launch_over_packs<Operation::kElements>(numel, stream, pack_kernel<Operation>, operation, numel);
 }
 
 template <class T>

@@ -28,6 +28,15 @@ struct alignas(N * sizeof(T) < kAccessBytes ? N * sizeof(T) : kAccessBytes) Vect
 template <class T>
 constexpr int kAccessElements = kAccessBytes / static_cast<int>(sizeof(T));
 
+// Moves the elements kPart places to the front and the first kPart to the end. Registers cannot be indexed, so a loop
+// that is not unrolled works on the first kPart elements and rotates; after N / kPart times all are back in place.
+template <int kPart, class T, int N>
+__device__ __forceinline__ void rotate(Vector<T, N>& vector) {
+  const Vector<T, N> from = vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) vector[i] = from[(i + kPart) % N];
+}
+
 // Whether the launcher may choose kAligned = true; ask it of every pointer that the kernel reads or writes as vectors.
 template <class T, int N>
 __host__ __device__ __forceinline__ bool is_aligned(const T* pointer) {

@@ -19,6 +19,12 @@
 // < 2^11, no such S is a normalised significand (tests/test_numerics.py enumerates them), so rint of the quotient is
 // exact for grids within
 // +-2^11 of the zero point; wider grids and extreme scales divide.
+//
+// For float64 no case is open, whatever the grid and the scale. The scale is a widened float32, so a tie times the
+// scale is exact in float64, and an x other than that is at least a unit in the last place away. Divided by a
+// significand of at most 2 - 2^-23 that is more than half a unit in the last place of the tie, by 2^-25 of a unit where
+// the error before the last rounding is 2^-53: neither the division nor the two multiplications round onto the tie or
+// past it.
 #pragma once
 
 #include "scalar.h"
@@ -109,6 +115,13 @@ QK_INLINE V first_above(V level, V scale) {
   return least;
 }
 
+// In float64 the product is exact (above): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
+// a number is between half a unit and one and a half units in its last place.
+QK_INLINE double first_above(double level, double scale) {
+  const double tie = (level + 0.5) * scale;
+  return round_even(level + 0.5) > level ? tie : tie + tie * 0x1.8p-53;
+}
+
 // `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point.
 template <class V>
 QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V low, V high) {
@@ -141,7 +154,7 @@ QK_INLINE AffineMode affine_mode(float scale, int64_t level_min, int64_t level_m
   const bool narrow = level_min >= -kReciprocalGridLimit && level_max <= kReciprocalGridLimit;
   // Between these scales neither the reciprocal nor the residual leaves the normal range.
   const bool moderate = scale >= 0x1p-96f && scale <= 0x1p96f;
-  return sizeof(T) == sizeof(float) && narrow && moderate ? AffineMode::kReciprocal : AffineMode::kDivide;
+  return sizeof(T) == sizeof(double) || (narrow && moderate) ? AffineMode::kReciprocal : AffineMode::kDivide;
 }
 
 // T is float, or double for float64 tensors (whose scale is the widened float32). zero_point in [quant_min, quant_max].

@@ -1,31 +1,40 @@
 // Owns the combination of extrema: exact, so that no partition of a reduction can show, and NaN wins.
 #pragma once
 
-#include <limits>
-
 #include "scalar.h"
 
 QK_NAMESPACE_BEGIN
 
+// The smaller of two numbers, or a NaN that one of them is, which fmin and the GPU's min.f32 would drop. Associative
+// and commutative but for the choice between equal zeros and between NaNs.
+template <class T>
+QK_INLINE T minimum_or_nan(T a, T b) {
+  return b < a || b != b ? b : a;
+}
+template <class T>
+QK_INLINE T maximum_or_nan(T a, T b) {
+  return b > a || b != b ? b : a;
+}
+
 template <class T>
 struct Extrema {
-  T min = std::numeric_limits<T>::infinity();
-  T max = -std::numeric_limits<T>::infinity();
+  T min, max;
 
-  // A NaN on either side wins.
-  void combine(T other_min, T other_max) {
-    if (!(other_min >= min)) min = min != min ? min : other_min;
-    if (!(other_max <= max)) max = max != max ? max : other_max;
+  // Of no numbers.
+  static QK_INLINE Extrema empty() { return {T(INFINITY), T(-INFINITY)}; }
+
+  QK_INLINE void combine(T other_min, T other_max) {
+    min = minimum_or_nan(min, other_min);
+    max = maximum_or_nan(max, other_max);
   }
+  QK_INLINE T largest_magnitude() const { return maximum_or_nan(max, -min); }
 };
 
 // Into the extrema that a reduction keeps apart, as it does per channel.
 template <class T>
-void combine_into(T& min, T& max, T other_min, T other_max) {
-  Extrema<T> total{min, max};
-  total.combine(other_min, other_max);
-  min = total.min;
-  max = total.max;
+QK_INLINE void combine_into(T& min, T& max, T other_min, T other_max) {
+  min = minimum_or_nan(min, other_min);
+  max = maximum_or_nan(max, other_max);
 }
 
 QK_NAMESPACE_END

@@ -134,6 +134,26 @@ void reciprocal_next_to_ties() {
   }
 }
 
+// As above for float64: every grid of up to 16 bits, every scale that a float can hold.
+void reciprocal_float64() {
+  std::mt19937_64 random(3);
+  for (int i = 0; i < 50000; ++i) {
+    const int exponent = static_cast<int>(random() % 276) - 149;
+    float scale = std::ldexp(1.0f + static_cast<float>(random() >> 41) * 0x1p-23f, exponent);
+    if (i % 4 == 0) scale = std::nextafter(std::ldexp(2.0f, exponent), 0.0f);  // the nearest approach to a midpoint
+    const auto grid = qk::make_affine<double>(scale, 0, -65535, 65535, -INFINITY, INFINITY);
+    expect(grid.mode == qk::AffineMode::kReciprocal, "mode", scale);
+    for (int j = 0; j < 64; ++j) {
+      const double tie = static_cast<double>(random() % (j < 32 ? 64 : 65535)) + 0.5;
+      const double product = (j % 2 == 0 ? tie : -tie) * scale;
+      for (const double x : {std::nextafter(product, -INFINITY), product, std::nextafter(product, INFINITY)}) {
+        const double quotient = qk::fused_multiply_add(x, grid.constants.inverse_high, x * grid.constants.inverse_low);
+        expect(qk::round_even(quotient) == qk::round_even(x / scale), "rint of the quotient", x, scale, quotient);
+      }
+    }
+  }
+}
+
 // Thresholds and saturation against the contract's own formula, at the very floats where they change.
 template <class T>
 void thresholds() {
@@ -150,9 +170,10 @@ void thresholds() {
       const T q = std::rint(x / T(scale)) + T(zero_point);
       return q >= 0 && q <= quant_max;
     };
-    expect(!passes(c.pass_high) && passes(std::nextafter(c.pass_high, T(-INFINITY))), "upper threshold", c.pass_high, scale,
+    expect(!passes(c.pass_high) && passes(std::nextafter(c.pass_high, T(-INFINITY))), "upper threshold", c.pass_high,
+           scale, zero_point);
+    expect(!passes(c.pass_low) && passes(std::nextafter(c.pass_low, T(INFINITY))), "lower threshold", c.pass_low, scale,
            zero_point);
-    expect(!passes(c.pass_low) && passes(std::nextafter(c.pass_low, T(INFINITY))), "lower threshold", c.pass_low, scale, zero_point);
     // An end beyond the largest float is infinite in the contract's formula too.
     if (std::isinf(c.clamp_high) || std::isinf(c.clamp_low)) continue;
     expect(std::rint(c.clamp_high / T(scale)) == quant_max - zero_point, "upper end", c.clamp_high, scale);
@@ -161,18 +182,23 @@ void thresholds() {
 }
 
 // Division by 2^k - 1: every level exhaustively, and every noise value.
-void division_by_levels() {
+template <class T>
+void division_by_levels_of() {
   for (int bits = 1; bits <= 16; ++bits) {
-    const auto levels = qk::make_levels<float>(bits);
+    const auto levels = qk::make_levels<T>(bits);
     for (int q = 0; q < 1 << bits; ++q) {
-      const float x = static_cast<float>(q);
+      const T x = static_cast<T>(q);
       expect(qk::divide_by_levels<true>(x, levels) == x / levels.n, "level / n", x, levels.n);
     }
     for (uint32_t word = 0; word < 1u << 24; word += bits <= 8 ? 1 : 7) {
-      const float sigma = qk::centred_uniform(word << 8);
+      const T sigma = qk::centred_uniform(word << 8);
       expect(qk::divide_by_levels<true>(sigma, levels) == sigma / levels.n, "sigma / n", sigma, levels.n);
     }
   }
+}
+void division_by_levels() {
+  division_by_levels_of<float>();
+  division_by_levels_of<double>();
 }
 
 // Within 2 units in the last place of the float64 value: every 37th float up to where tanh is 1, and all around 0.7.
@@ -220,6 +246,7 @@ const std::map<std::string, std::function<void()>> kChecks = {
     {"rounding_to_half", rounding_to_half},
     {"reciprocal_open_cases", reciprocal_open_cases},
     {"reciprocal_next_to_ties", reciprocal_next_to_ties},
+    {"reciprocal_float64", reciprocal_float64},
     {"thresholds_float32", thresholds<float>},
     {"thresholds_float64", thresholds<double>},
     {"division_by_levels", division_by_levels},

@@ -123,12 +123,13 @@ template <bool kBroken>
 __global__ void uninitialised_shared_memory(const float* x, float* y) {
   QK_SHARED(float, warp_min, 32);
   const int lane = cuda::lane_index();
-  const float own = cuda::warp_reduce(x[threadIdx.x], cuda::Minimum{});
+  const auto smaller = [](float a, float b) { return fminf(a, b); };
+  const float own = cuda::warp_reduce(x[threadIdx.x], smaller);
   if (lane == 0) warp_min[cuda::warp_index()] = own;
   __syncthreads();
   const int warps = static_cast<int>(blockDim.x) / 32;
   const float other = kBroken || lane < warps ? warp_min[lane] : own;
-  y[threadIdx.x] = cuda::warp_reduce(fminf(own, other), cuda::Minimum{});
+  y[threadIdx.x] = cuda::warp_reduce(fminf(own, other), smaller);
 }
 
 template <bool kBroken>

@@ -19,7 +19,7 @@ using Array = py::array_t<T, py::array::c_style>;
 // As Python tuples (min, max, sum).
 template <class T>
 py::tuple to_tuple(const GridReduction<T>& value) {
-  return py::make_tuple(value.min_max.min, value.min_max.max, value.sum);
+  return py::make_tuple(value.extrema.min, value.extrema.max, value.sum);
 }
 
 template <class T>

@@ -10,7 +10,6 @@
 
 namespace qk::pieces {
 
-using cuda::MinMax;
 using cuda::Stream;
 
 struct Half {
@@ -48,7 +47,7 @@ cudaError_t copy(const T* x, T* y, int64_t size, int64_t stored, T fill, Stream 
 
 template <class T>
 struct GridReduction {
-  MinMax<T> min_max;
+  Extrema<T> extrema;
   T sum;
 };
 
@@ -63,25 +62,25 @@ __global__ void __launch_bounds__(kReduceThreads)
                 GridReduction<T>* result) {
   const int64_t chunks = (size + kChunk - 1) / kChunk;
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    auto min_max = MinMax<T>::empty();
+    auto extrema = Extrema<T>::empty();
     T sum = T(0);
     for (int i = 0; i < kChunk / kReduceThreads; ++i) {
       const int64_t index = chunk * kChunk + i * kReduceThreads + threadIdx.x;
       if (index >= size) break;
-      min_max = cuda::CombineMinMax{}(min_max, MinMax<T>{x[index], x[index]});
+      extrema = cuda::CombineExtrema{}(extrema, Extrema<T>{x[index], x[index]});
       sum += x[index];
     }
-    const GridReduction<T> value{cuda::block_min_max(min_max), cuda::block_sum(sum)};
+    const GridReduction<T> value{cuda::block_extrema(extrema), cuda::block_sum(sum)};
     if (threadIdx.x == 0) chunk_values[chunk] = value;
   }
   if (!cuda::arrives_last(counter, gridDim.x)) return;
-  auto min_max = MinMax<T>::empty();
+  auto extrema = Extrema<T>::empty();
   T sum = T(0);
   for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kReduceThreads) {
-    min_max = cuda::CombineMinMax{}(min_max, chunk_values[chunk].min_max);
+    extrema = cuda::CombineExtrema{}(extrema, chunk_values[chunk].extrema);
     sum += chunk_values[chunk].sum;
   }
-  const GridReduction<T> total{cuda::block_min_max(min_max), cuda::block_sum(sum)};
+  const GridReduction<T> total{cuda::block_extrema(extrema), cuda::block_sum(sum)};
   if (threadIdx.x == 0) *result = total;
 }
 
@@ -95,7 +94,7 @@ cudaError_t reduce(const T* x, int64_t size, int blocks, GridReduction<T>* chunk
 template <class T>
 __global__ void reduce_block(const T* __restrict__ x, GridReduction<T>* results) {
   const T value = x[threadIdx.x];
-  results[threadIdx.x] = {cuda::block_min_max(MinMax<T>{value, value}), cuda::block_sum(value)};
+  results[threadIdx.x] = {cuda::block_extrema(Extrema<T>{value, value}), cuda::block_sum(value)};
 }
 
 // Every element plus the sum of all, in one launch.

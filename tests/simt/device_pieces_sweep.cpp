@@ -88,7 +88,7 @@ void sweep_reductions(bool few) {
       GridReduction<float> result{};
       const cudaError_t error = reduce<float>(x.data(), size, blocks, chunk_values.data(), &counter, &result, nullptr);
       require(error == cudaSuccess && counter == 0, "reduce: launch");
-      require(result.min_max.min == -48 && result.min_max.max == static_cast<float>(size < 97 ? size - 49 : 48),
+      require(result.extrema.min == -48 && result.extrema.max == static_cast<float>(size < 97 ? size - 49 : 48),
               "reduce: extrema of " + std::to_string(size));
     }
   }

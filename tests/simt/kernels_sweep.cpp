@@ -124,12 +124,13 @@ void sweep_dorefa(int64_t numel, int64_t offset) {
   if (rng_state[1] != 8) throw Error("the step was not advanced");
 }
 
-// Reductions of several slices, in two launches each.
+// Reductions of several slices, in two launches each; those of the last, with many channels, are combined in the first.
 template <class S>
 void sweep_slices() {
   sweep_affine<S>({1, 1, kSlicedSize}, 0);
   sweep_affine<S>({1, 2, kSlicedSize}, 0);
   sweep_affine<S>({kSlicedSize / 3, 3, 1}, 0);
+  sweep_affine<S>({kSlicedSize / 200, 200, 1}, 0);
   sweep_dorefa<S>(2 * kSlicedSize, 0);
 }
 

@@ -87,6 +87,18 @@ class EmulatedOperators:
         _write_back(input, output)
         return mask
 
+    def fake_quantize_number(
+        self, input: Tensor, scale: float, zero_point: int, *grid: object, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        quant_min, quant_max, low, high = grid
+        number = torch.full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32)
+        return self.fake_quantize(input, *number, quant_min, quant_max, None, low, high, in_place=in_place)
+
+    def fake_quantize_number_(self, input: Tensor, *arguments: object) -> Tensor:
+        output, mask = self.fake_quantize_number(input, *arguments, in_place=True)  # type: ignore[arg-type]
+        _write_back(input, output)
+        return mask
+
     def observe_fake_quantize(self, input: Tensor, *arguments: object, in_place: bool = False) -> tuple[Tensor, Tensor]:
         *state, quant_min, quant_max, symmetric, axis, momentum, start, observe, advance, low, high = arguments
         source = _dense(input)
