@@ -33,7 +33,7 @@ template <AffineMode mode, Store store, class S, class T>
 void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
   const AffineConstants<Vector<T>> c = broadcast(scalars);
   int64_t i = 0;
-  for (; i + kBlockVectors <= count; i += kBlockVectors) {
+  for (; kIsInRegisters<T> && i + kBlockVectors <= count; i += kBlockVectors) {
     LaneBits bits[kBlockVectors];
     prefetch_vectors<kBlockVectors>(x + i * kLanes);
     for (int v = 0; v < kBlockVectors; ++v) {

@@ -28,9 +28,10 @@ struct Padded {
 // out[i] = f(in[i]...) for i in [begin, end), two vectors at a time; f takes single vectors and twins.
 template <Store store, class S, class F, class... In>
 QK_INLINE void map_vectors(int64_t begin, int64_t end, S* out, const F& f, const In*... in) {
-  using V = Vector<typename ComputeType<S>::type>;
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
   int64_t i = begin;
-  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+  for (; kIsInRegisters<T> && i + 2 * kLanes <= end; i += 2 * kLanes) {
     prefetch_vectors<2>(in + i...);
     put<store>(f(Twin<V>::load(in + i)...), out + i);
   }
@@ -126,7 +127,7 @@ cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& jo
     product = add_products(product, gradient, t);
   };
   int64_t i = begin;
-  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+  for (; kIsInRegisters<T> && i + 2 * kLanes <= end; i += 2 * kLanes) {
     const Twin<V> t = hyperbolic_tangent(Twin<V>::load(w + i));
     if constexpr (kKeepsTanh<S>) t.store(kept + i);
     add(V::load(g + i), t.first, kLanes);
@@ -201,7 +202,7 @@ void dorefa_activation_typed(const DoReFaActivationJob& job, int64_t begin, int6
     return inclusively_between(value, zero, one);
   };
   int64_t i = begin;
-  for (; i + kBlock <= end; i += kBlock) {
+  for (; kIsInRegisters<T> && i + kBlock <= end; i += kBlock) {
     LaneBits bits[kBlockVectors];
     prefetch_vectors<kBlockVectors>(x + i);
     for (int v = 0; v < kBlockVectors; ++v) bits[v] = vector_at(x + i + v * kLanes, y + i + v * kLanes);

@@ -2,6 +2,8 @@
 // float64). Included inside a tier's namespace; the other vector headers offer the same operations on float.
 #pragma once
 
+#include <type_traits>
+
 #include "../numerics/half.h"
 #include "../numerics/philox.h"
 #include "../numerics/tanh.h"
@@ -85,6 +87,11 @@ QK_INLINE void prefetch_vectors(const S*... p) {
   };
   (prefetch(p), ...);
 }
+
+// Whether a vector lies in registers. Operations on Lanes are loops, which compilers vectorise only where nothing
+// around them is unrolled: there the loops take one vector at a time.
+template <class T>
+constexpr bool kIsInRegisters = !std::is_same_v<Vector<T>, Lanes<T>>;
 
 // Words of kLanes Philox blocks side by side.
 struct LanesU32 {
