@@ -336,11 +336,8 @@ inline void fake_quantize(const AffineJob& job, const AffineTable& table, Store 
   if (begin >= end) return;
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    if (store == Store::kCached || !is_vector_aligned(static_cast<const S*>(job.output))) {
-      return fake_quantize_typed<Store::kCached, S>(job, table, begin, end);
-    }
-    fake_quantize_typed<Store::kStreamed, S>(job, table, begin, end);
-    order_streamed_stores();
+    dispatch_store(store, static_cast<const S*>(job.output),
+                   [&](auto constant) { fake_quantize_typed<decltype(constant)::value, S>(job, table, begin, end); });
   });
 }
 
@@ -362,11 +359,8 @@ void straight_through_typed(const StraightThroughJob& job, int64_t begin, int64_
 
 template <class U>
 void straight_through_stored(const StraightThroughJob& job, Store store, int64_t begin, int64_t end) {
-  if (store == Store::kCached || !is_vector_aligned(static_cast<const U*>(job.grad_input))) {
-    return straight_through_typed<Store::kCached, U>(job, begin, end);
-  }
-  straight_through_typed<Store::kStreamed, U>(job, begin, end);
-  order_streamed_stores();
+  dispatch_store(store, static_cast<const U*>(job.grad_input),
+                 [&](auto constant) { straight_through_typed<decltype(constant)::value, U>(job, begin, end); });
 }
 
 inline void straight_through(const StraightThroughJob& job, Store store, int64_t begin, int64_t end) {

@@ -35,12 +35,11 @@ QK_INLINE void map_vectors(int64_t begin, int64_t end, S* out, const F& f, const
     prefetch_vectors<2>(in + i...);
     put<store>(f(Twin<V>::load(in + i)...), out + i);
   }
-  for (; i < end; i += kLanes) {
-    const int64_t valid = std::min<int64_t>(kLanes, end - i);
-    S last[kLanes];
-    f(V::load(Padded<In>(in + i, valid).element)...).store(last);
-    std::copy_n(last, valid, out + i);
-  }
+  for (; i + kLanes <= end; i += kLanes) put<store>(f(V::load(in + i)...), out + i);
+  if (i == end) return;
+  S last[kLanes];
+  f(V::load(Padded<In>(in + i, end - i).element)...).store(last);
+  std::copy_n(last, end - i, out + i);
 }
 
 inline void tanh_of(DType dtype, const void* magnitude, void* result) {
@@ -133,15 +132,19 @@ cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& jo
     add(V::load(g + i), t.first, kLanes);
     add(V::load(g + i + kLanes), t.second, kLanes);
   }
-  for (; i < end; i += kLanes) {
-    const int64_t valid = std::min<int64_t>(kLanes, end - i);
-    const V t = hyperbolic_tangent(V::load(Padded<S>(w + i, valid).element));
+  for (; i + kLanes <= end; i += kLanes) {
+    const V t = hyperbolic_tangent(V::load(w + i));
+    if constexpr (kKeepsTanh<S>) t.store(kept + i);
+    add(V::load(g + i), t, kLanes);
+  }
+  if (i < end) {
+    const V t = hyperbolic_tangent(V::load(Padded<S>(w + i, end - i).element));
     if constexpr (kKeepsTanh<S>) {
       S last[kLanes];
       t.store(last);
-      std::copy_n(last, valid, kept + i);
+      std::copy_n(last, end - i, kept + i);
     }
-    add(V::load(Padded<S>(g + i, valid).element), t, valid);
+    add(V::load(Padded<S>(g + i, end - i).element), t, end - i);
   }
   return {sum_of_lanes(product), static_cast<double>(count)};
 }
@@ -208,24 +211,23 @@ void dorefa_activation_typed(const DoReFaActivationJob& job, int64_t begin, int6
     for (int v = 0; v < kBlockVectors; ++v) bits[v] = vector_at(x + i + v * kLanes, y + i + v * kLanes);
     std::memcpy(job.mask + i / 8, bits, sizeof(bits));
   }
-  for (; i < end; i += kLanes) {
-    const int64_t valid = std::min<int64_t>(kLanes, end - i);
-    alignas(64) S last[kLanes];
-    const LaneBits all = vector_at(Padded<S>(x + i, valid).element, last);
-    const LaneBits bits = all & static_cast<LaneBits>((1u << valid) - 1);
-    std::copy_n(last, valid, y + i);
-    std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((valid + 7) / 8));
+  for (; i + kLanes <= end; i += kLanes) {
+    const LaneBits bits = vector_at(x + i, y + i);
+    std::memcpy(job.mask + i / 8, &bits, sizeof(bits));
   }
+  if (i == end) return;
+  alignas(kLanes * sizeof(S)) S last[kLanes];
+  const LaneBits all = vector_at(Padded<S>(x + i, end - i).element, last);
+  const LaneBits bits = all & static_cast<LaneBits>((1u << (end - i)) - 1);
+  std::copy_n(last, end - i, y + i);
+  std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
 }
 
 inline void dorefa_activation(const DoReFaActivationJob& job, Store store, int64_t begin, int64_t end) {
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    if (store == Store::kCached || !is_vector_aligned(static_cast<const S*>(job.output))) {
-      return dorefa_activation_typed<Store::kCached, S>(job, begin, end);
-    }
-    dorefa_activation_typed<Store::kStreamed, S>(job, begin, end);
-    order_streamed_stores();
+    dispatch_store(store, static_cast<const S*>(job.output),
+                   [&](auto constant) { dorefa_activation_typed<decltype(constant)::value, S>(job, begin, end); });
   });
 }
 
@@ -317,11 +319,8 @@ inline void dorefa_gradient(const DoReFaGradientJob& job, const void* largest, S
   if (begin >= end) return;
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    if (store == Store::kCached || !is_vector_aligned(static_cast<const S*>(job.grad_input))) {
-      return GradientWalk<Store::kCached, S>(job, largest).run(begin, end);
-    }
-    GradientWalk<Store::kStreamed, S>(job, largest).run(begin, end);
-    order_streamed_stores();
+    dispatch_store(store, static_cast<const S*>(job.grad_input),
+                   [&](auto constant) { GradientWalk<decltype(constant)::value, S>(job, largest).run(begin, end); });
   });
 }
 

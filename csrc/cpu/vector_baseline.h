@@ -72,6 +72,17 @@ QK_INLINE bool is_vector_aligned(const S* p) {
   return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(S)) == 0;
 }
 
+// f(constant) with the way of storing as a type; streamed only where the output's vectors are aligned.
+template <class S, class F>
+QK_INLINE void dispatch_store(Store store, const S* output, const F& f) {
+  if (store == Store::kCached || !is_vector_aligned(output)) {
+    f(std::integral_constant<Store, Store::kCached>{});
+    return;
+  }
+  f(std::integral_constant<Store, Store::kStreamed>{});
+  order_streamed_stores();
+}
+
 // Loops advance by blocks of four vectors: that many are in flight, and share a word of the mask.
 constexpr int kBlockVectors = 4;
 constexpr int kBlock = kBlockVectors * kLanes;
