@@ -373,13 +373,14 @@ def dorefa_gradient(setting: Setting) -> Case:
         return lambda: torch.autograd.grad(function(x, rng_state, _BITS), x, g)
 
     ours = state()
+    operator = torch.ops.quantkernels.dorefa_gradient.default
     competition = {
         THROUGH_AUTOGRAD: Candidate(through_autograd(functional.dorefa_gradient)),
         EAGER: Candidate(lambda: peers.eager_dorefa_gradient(g, _BITS), tolerance=None),
     }
     candidates = {
         **_memory_speed(g),
-        OURS: Candidate(lambda: torch.ops.quantkernels.dorefa_gradient(g, ours, _BITS)),
+        OURS: Candidate(lambda: operator(g, ours, _BITS)),
         **_chosen(setting, competition),
     }
     expected = through_autograd(reference.dorefa_gradient)

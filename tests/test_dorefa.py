@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import models
@@ -27,10 +28,12 @@ from quantkernels._ops import build_info
 CHANCE = 1e-9
 
 
-def quantized_gradient(gradient: Tensor, bits: int, seed: int, step: int = 0) -> Tensor:
-    """What the kernel makes of `gradient`."""
+def quantized_gradient(
+    gradient: Tensor, bits: int, seed: int, step: int = 0, module: ModuleType = functional
+) -> Tensor:
+    """What the kernel, or the reference, makes of `gradient`."""
     x = torch.zeros_like(gradient, requires_grad=True)
-    functional.dorefa_gradient(x, torch.tensor([seed, step]), bits).backward(gradient)
+    module.dorefa_gradient(x, torch.tensor([seed, step]), bits).backward(gradient)
     assert x.grad is not None
     return x.grad
 
@@ -93,6 +96,23 @@ def test_gradient_rounding_is_unbiased(bits: int, dtype: torch.dtype) -> None:
     assert abs((rounded - exact).mean().item()) < total + rounding
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_gradients_next_to_ties_round_as_the_reference_does(bits: int) -> None:
+    """Every n r lies within a few units in the last place of a tie, for largest magnitudes of all sizes."""
+    levels, size, seed = 2**bits - 1, 1000, 5
+    largest = torch.tensor([2.0**-149, 2.0**-130, 2.0**-101, 2.0**-99, 0.37, 1.0, 2.0**99, 2.0**101, 3e38])
+    generator = torch.Generator().manual_seed(bits)
+    noise = reference.stochastic_noise(len(largest) * size, seed, 0).view(len(largest), size)
+    tie = torch.randint(0, levels, noise.shape, generator=generator) + 0.5
+    gradient = ((tie - noise) / levels - 0.5) * 2 * largest.double()[:, None]
+    gradient = gradient.float().clamp(-largest[:, None], largest[:, None])
+    gradient[:, 0] = largest
+    for _ in range(5):
+        expected = quantized_gradient(gradient, bits, seed, module=reference)
+        torch.testing.assert_close(quantized_gradient(gradient, bits, seed), expected, rtol=0, atol=0)
+        gradient[:, 1:] = gradient[:, 1:].nextafter(torch.tensor(math.inf)).clamp(max=largest[:, None])
+
+
 def test_gradient_noise_is_independent_of_element_sample_step_and_layer() -> None:
     """One bit rounds a zero to the sign of its noise; the signs' products are fair coins themselves."""
     size = 2**16
@@ -124,8 +144,9 @@ def test_gradient_noise_is_independent_of_element_sample_step_and_layer() -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_a_sample_of_zeros_stays_zero(bits: int, dtype: torch.dtype) -> None:
-    gradient = torch.ones(3, 70, dtype=dtype)
+@pytest.mark.parametrize("size", [70, 700])
+def test_a_sample_of_zeros_stays_zero(size: int, bits: int, dtype: torch.dtype) -> None:
+    gradient = torch.ones(3, size, dtype=dtype)
     gradient[1] = 0.0
     gradient[1, ::2] = -0.0
     result = quantized_gradient(gradient, bits, seed=1)
@@ -135,9 +156,10 @@ def test_a_sample_of_zeros_stays_zero(bits: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_a_gradient_that_is_not_finite_stays_visible(bits: int, value: float) -> None:
-    gradient = torch.ones(3, 70)
-    gradient[1, 69] = value
+@pytest.mark.parametrize("size", [70, 700])
+def test_a_gradient_that_is_not_finite_stays_visible(size: int, bits: int, value: float) -> None:
+    gradient = torch.ones(3, size)
+    gradient[1, -1] = value
     result = quantized_gradient(gradient, bits, seed=1)
     assert not result[1].isfinite().any()
     assert result[[0, 2]].isfinite().all()

@@ -23,6 +23,7 @@ CHECKS = (
     "division_by_levels",
     "tanh_accuracy",
     "philox_known_answers",
+    "philox_streams",
 )
 
 

@@ -10,7 +10,7 @@ namespace qk::cpu {
 constexpr int kLanes = 16;
 
 // A part of an elementwise job begins at a multiple of this many elements, on a byte of the mask.
-constexpr int64_t kPartAlignment = 64;
+constexpr int64_t kPartAlignment = 128;
 
 // Streamed results go past the caches to memory, which saves reading their lines first: for results too large to be
 // found in a cache later. Never in place.
@@ -50,6 +50,16 @@ struct DoReFaWeightSums {
   double largest_elements;  // how many share the maximum
 };
 
+// max|g| of consecutive samples in the compute type, from sample `first` on.
+struct LargestGradients {
+  const void* largest;
+  int64_t first;
+};
+
+// Gradients are quantized this many at a time: the samples are read for their largest magnitude and are then still in
+// the second-level cache, to which dorefa_gradient fetches the next chunk meanwhile.
+constexpr int64_t kGradientChunk = 1 << 16;
+
 struct Kernels {
   const char* name;
   // The entries [begin, end) of the table; `begin` is a multiple of kLanes.
@@ -57,6 +67,8 @@ struct Kernels {
   void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, int64_t begin, int64_t end);
   void (*straight_through)(const StraightThroughJob&, Store, int64_t begin, int64_t end);
   void (*extrema)(const ExtremaPart&);
+  // max|x|, or NaN, of each of `runs` runs of `length` elements, in the compute type of `dtype`.
+  void (*largest_magnitudes)(DType, const void* input, int64_t runs, int64_t length, void* largest);
   // max|tanh w| = tanh of the largest magnitude, in the compute type of `dtype`.
   void (*tanh_of)(DType, const void* magnitude, void* result);
   double (*magnitude_sum)(const DoReFaWeightJob&, int64_t begin, int64_t end);
@@ -66,8 +78,7 @@ struct Kernels {
   // maximum, per unit of its sign.
   void (*dorefa_weight_gradient)(const DoReFaWeightGradientJob&, double through_largest, int64_t begin, int64_t end);
   void (*dorefa_activation)(const DoReFaActivationJob&, Store, int64_t begin, int64_t end);
-  // `largest` holds max|g| per sample in the compute type.
-  void (*dorefa_gradient)(const DoReFaGradientJob&, const void* largest, Store, int64_t begin, int64_t end);
+  void (*dorefa_gradient)(const DoReFaGradientJob&, LargestGradients, Store, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

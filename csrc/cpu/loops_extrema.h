@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../numerics/dispatch.h"
@@ -14,6 +16,9 @@ QK_NAMESPACE_BEGIN
 
 using cpu::ExtremaPart;
 
+template <size_t bytes>
+using SignedBits = std::conditional_t<bytes == 8, int64_t, std::conditional_t<bytes == 4, int32_t, int16_t>>;
+
 // Lanewise running extrema; two chains of each hide the latency of the comparison.
 template <class S>
 Extrema<typename ComputeType<S>::type> extrema_of_run(const S* x, int64_t n) {
@@ -23,16 +28,22 @@ Extrema<typename ComputeType<S>::type> extrema_of_run(const S* x, int64_t n) {
   const V minus_infinity = V::broadcast(-std::numeric_limits<T>::infinity());
   V min_a = infinity, min_b = infinity, max_a = minus_infinity, max_b = minus_infinity;
   LaneBits nan = 0;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const V a = V::load(x + i);
-    const V b = V::load(x + i + kLanes);
+  const auto take = [&](const S* from) QK_INLINE_LAMBDA {
+    const V a = V::load(from);
+    const V b = V::load(from + kLanes);
     min_a = minimum(a, min_a);
     max_a = maximum(a, max_a);
     min_b = minimum(b, min_b);
     max_b = maximum(b, max_b);
     nan |= unordered(a + b);
+  };
+  int64_t i = 0;
+  for (; kIsInRegisters<T> && i + kBlock <= n; i += kBlock) {
+    prefetch_vectors<kBlockVectors>(x + i);
+    take(x + i);
+    take(x + i + 2 * kLanes);
   }
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) take(x + i);
   T lane_min[kLanes], lane_max[kLanes];
   minimum(min_a, min_b).store(lane_min);
   maximum(max_a, max_b).store(lane_max);
@@ -87,6 +98,45 @@ void extrema_by_column(const ExtremaPart& job, T* min, T* max) {
     const T none = std::numeric_limits<T>::quiet_NaN();
     combine_into(min[c], max[c], is_nan ? none : column_min[j], is_nan ? none : column_max[j]);
   }
+}
+
+// max|x|. Magnitudes are in the order of their bits, with NaN above all, so that integers will do, without a
+// conversion: compilers vectorise this loop.
+template <class S>
+S largest_magnitude_of_run(const S* x, int64_t n) {
+  using Bits = SignedBits<sizeof(S)>;
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+  constexpr int kRunning = 256 / sizeof(Bits);  // maxima apart, as many as hide the latency of one
+  const auto larger = [](Bits a, Bits b) { return a > b ? a : b; };
+  const auto magnitude = [&](int64_t i) QK_INLINE_LAMBDA {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    return static_cast<Bits>(bits & kMagnitude);
+  };
+  Bits largest = 0;
+  int64_t i = 0;
+  if (n >= kRunning) {
+    Bits running[kRunning] = {};
+    for (; i + kRunning <= n; i += kRunning) {
+      for (int j = 0; j < kRunning; ++j) running[j] = larger(magnitude(i + j), running[j]);
+    }
+    for (const Bits bits : running) largest = larger(bits, largest);
+  }
+  for (; i < n; ++i) largest = larger(magnitude(i), largest);
+  S result;
+  std::memcpy(&result, &largest, sizeof(result));
+  return result;
+}
+
+inline void largest_magnitudes(DType dtype, const void* input, int64_t runs, int64_t length, void* largest) {
+  dispatch_storage(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    using T = typename ComputeType<S>::type;
+    const S* x = static_cast<const S*>(input);
+    for (int64_t r = 0; r < runs; ++r) {
+      static_cast<T*>(largest)[r] = to_float(largest_magnitude_of_run(x + r * length, length));
+    }
+  });
 }
 
 inline void extrema(const ExtremaPart& job) {

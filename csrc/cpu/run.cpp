@@ -215,13 +215,34 @@ void store_extrema(const ExtremaJob& job, ParallelFor parallel_for) {
   }
 }
 
-// max|x| per channel; NaN propagates.
+// max|x| of each of `runs` runs of `length` elements, T the compute type of `dtype`; NaN propagates.
 template <class T>
-std::vector<T> largest_magnitudes(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for) {
-  const ChannelExtrema<T> extrema = reduce_extrema<T>(dtype, input, view, parallel_for);
-  std::vector<T> largest(extrema.max.size());
-  for (size_t c = 0; c < largest.size(); ++c)
-    largest[c] = Extrema<T>{extrema.min[c], extrema.max[c]}.largest_magnitude();
+std::vector<T> largest_magnitudes(DType dtype, const void* input, int64_t runs, int64_t length,
+                                  ParallelFor parallel_for) {
+  const Kernels& kernels = active_kernels();
+  const char* const bytes = static_cast<const char*>(input);
+  const int64_t pieces = (length + kGrain - 1) / kGrain;
+  if (pieces <= 1) {
+    std::vector<T> largest(static_cast<size_t>(runs));
+    parallel(parallel_for, runs, kGrain / std::max<int64_t>(length, 1), [&](int64_t begin, int64_t end) {
+      kernels.largest_magnitudes(dtype, bytes + begin * length * element_size(dtype), end - begin, length,
+                                 &largest[static_cast<size_t>(begin)]);
+    });
+    return largest;
+  }
+  std::vector<T> of_pieces(static_cast<size_t>(runs * pieces));
+  parallel(parallel_for, runs * pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p % pieces * kGrain;
+      kernels.largest_magnitudes(dtype, bytes + (p / pieces * length + first) * element_size(dtype), 1,
+                                 std::min(kGrain, length - first), &of_pieces[static_cast<size_t>(p)]);
+    }
+  });
+  std::vector<T> largest(static_cast<size_t>(runs));
+  for (size_t p = 0; p < of_pieces.size(); ++p) {
+    T& of_run = largest[p / static_cast<size_t>(pieces)];
+    of_run = maximum_or_nan(of_run, of_pieces[p]);
+  }
   return largest;
 }
 
@@ -252,19 +273,35 @@ void store_weight_statistic(const DoReFaWeightJob& job, ParallelFor parallel_for
     *statistic = static_cast<T>(sum / static_cast<double>(job.numel));
     return;
   }
-  const T largest = largest_magnitudes<T>(job.dtype, job.input, {1, 1, job.numel}, parallel_for)[0];
+  const T largest = largest_magnitudes<T>(job.dtype, job.input, 1, job.numel, parallel_for)[0];
   kernels.tanh_of(job.dtype, &largest, statistic);
 }
 
 template <class T>
 void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
-  const std::vector<T> largest =
-      largest_magnitudes<T>(job.dtype, job.grad_output, {1, job.samples, job.inner}, parallel_for);
   const Kernels& kernels = active_kernels();
   const int64_t numel = job.samples * job.inner;
   const Store store = store_for(job.grad_output, job.grad_input, numel * element_size(job.dtype));
-  parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
-    kernels.dorefa_gradient(job, largest.data(), store, begin, end);
+  if (job.inner > kGradientChunk) {  // of a few large samples every thread would read all
+    const std::vector<T> largest =
+        largest_magnitudes<T>(job.dtype, job.grad_output, job.samples, job.inner, parallel_for);
+    parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
+      kernels.dorefa_gradient(job, {largest.data(), 0}, store, begin, end);
+    });
+    return;
+  }
+  const char* const gradient = static_cast<const char*>(job.grad_output);
+  parallel_elements(parallel_for, numel, [&](int64_t part_begin, int64_t part_end) {
+    std::vector<T> largest;
+    for (int64_t begin = part_begin; begin < part_end; begin += kGradientChunk) {
+      const int64_t end = std::min(begin + kGradientChunk, part_end);
+      const int64_t first = begin / job.inner;
+      const int64_t samples = (end - 1) / job.inner - first + 1;
+      largest.resize(static_cast<size_t>(samples));
+      kernels.largest_magnitudes(job.dtype, gradient + first * job.inner * element_size(job.dtype), samples, job.inner,
+                                 largest.data());
+      kernels.dorefa_gradient(job, {largest.data(), first}, store, begin, end);
+    }
   });
 }
 

@@ -14,6 +14,7 @@ constexpr cpu::Kernels make_kernels(const char* name) {
           &fake_quantize,
           &straight_through,
           &extrema,
+          &largest_magnitudes,
           &tanh_of,
           &magnitude_sum,
           &dorefa_weight,

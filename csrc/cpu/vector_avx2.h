@@ -276,51 +276,66 @@ QK_INLINE F64 add_products(F64 sums, F64 a, F64 b) { return sums + a * b; }
 // halves hold is ignored.
 struct Words {
   __m256i part[4];  // 4 blocks each
-
-  static QK_INLINE Words broadcast(uint32_t word) {
-    const __m256i all = _mm256_set1_epi64x(word);
-    return {{all, all, all, all}};
-  }
-  // first, first + 1, ...
-  static QK_INLINE Words count_from(uint32_t first) {
-    Words words = broadcast(first);
-    for (int i = 0; i < 4; ++i) {
-      words.part[i] = _mm256_add_epi64(words.part[i], _mm256_setr_epi64x(4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3));
-    }
-    return words;
-  }
 };
-QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, const Words& words) {
+QK_INLINE Words upper_halves(Words words) {
+  for (__m256i& part : words.part) part = _mm256_srli_epi64(part, 32);
+  return words;
+}
+QK_INLINE void multiply_wide(uint32_t constant, const Words& words, Words& high, Words& low) {
   const __m256i c = _mm256_set1_epi64x(constant);
-  WideProduct<Words> product;
-  for (int i = 0; i < 4; ++i) {
-    product.low.part[i] = _mm256_mul_epu32(words.part[i], c);
-    product.high.part[i] = _mm256_srli_epi64(product.low.part[i], 32);
-  }
-  return product;
+  for (int i = 0; i < 4; ++i) low.part[i] = _mm256_mul_epu32(words.part[i], c);
+  high = upper_halves(low);
+}
+// constant * first, constant * (first + 1), ...; the words do not wrap.
+QK_INLINE void multiples_from(uint32_t constant, uint32_t first, Words& high, Words& low) {
+  const int64_t c = constant;
+  __m256i part = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(uint64_t{constant} * first)),
+                                  _mm256_setr_epi64x(0, c, 2 * c, 3 * c));
+  for (int i = 0; i < 4; ++i, part = _mm256_add_epi64(part, _mm256_set1_epi64x(4 * c))) low.part[i] = part;
+  high = upper_halves(low);
 }
 QK_INLINE Words exclusive_or(Words a, const Words& b, uint32_t key) {
   const __m256i k = _mm256_set1_epi32(static_cast<int32_t>(key));
   for (int i = 0; i < 4; ++i) a.part[i] = _mm256_xor_si256(_mm256_xor_si256(a.part[i], b.part[i]), k);
   return a;
 }
+QK_INLINE Words exclusive_or(Words a, uint32_t key) {
+  const __m256i k = _mm256_set1_epi32(static_cast<int32_t>(key));
+  for (__m256i& part : a.part) part = _mm256_xor_si256(part, k);
+  return a;
+}
 
-QK_INLINE __m256 centred_uniform(__m256i words) {
+// The last round makes two neighbouring words of a product: the halves change places, and the upper one stays as it is.
+QK_INLINE __m256i last_words(uint32_t constant, __m256i word, __m256i other, uint32_t key) {
+  const __m256i product = _mm256_mul_epu32(word, _mm256_set1_epi64x(constant));
+  const __m256i swapped = _mm256_shuffle_epi32(product, 0xb1);
+  const __m256i lower =
+      _mm256_xor_si256(_mm256_xor_si256(swapped, other), _mm256_set1_epi32(static_cast<int32_t>(key)));
+  return _mm256_blend_epi32(lower, swapped, 0xaa);
+}
+// The last round of 4 blocks, and their words in order.
+QK_INLINE void last_round(__m256i c0, __m256i c1, __m256i c2, __m256i c3, uint32_t key_0, uint32_t key_1,
+                          uint32_t* out) {
+  const __m256i ab = last_words(kPhiloxSecond, c2, c1, key_0);
+  const __m256i cd = last_words(kPhiloxFirst, c0, c3, key_1);
+  const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
+  __m256i* const to = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+}
+QK_INLINE void last_round(const Words& c0, const Words& c1, const Words& c2, const Words& c3, uint32_t key_0,
+                          uint32_t key_1, uint32_t* out) {
+  for (int i = 0; i < 4; ++i) {
+    last_round(c0.part[i], c1.part[i], c2.part[i], c3.part[i], key_0, key_1, out + i * kLanes);
+  }
+}
+QK_INLINE __m256 centred_uniforms(__m256i words) {
   const __m256 integer = _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8));
   return _mm256_fmadd_ps(integer, _mm256_set1_ps(0x1p-24f), _mm256_set1_ps(-0.5f));
 }
-// Blocks one after the other, their words in order: 16 words from the lower halves of 4 lanes each.
-QK_INLINE F32 centred_uniforms(__m256i a, __m256i b, __m256i c, __m256i d) {
-  const __m256i ab = _mm256_blend_epi32(a, _mm256_shuffle_epi32(b, 0xa0), 0xaa);
-  const __m256i cd = _mm256_blend_epi32(c, _mm256_shuffle_epi32(d, 0xa0), 0xaa);
-  const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
-  return {centred_uniform(_mm256_permute2x128_si256(even, odd, 0x20)),
-          centred_uniform(_mm256_permute2x128_si256(even, odd, 0x31))};
-}
-QK_INLINE void centred_uniforms(const PhiloxWords<Words>& w, F32* out) {
-  for (int v = 0; v < kBlockVectors; ++v) {
-    out[v] = centred_uniforms(w.word[0].part[v], w.word[1].part[v], w.word[2].part[v], w.word[3].part[v]);
-  }
+QK_INLINE void centred_uniforms(const uint32_t* words, F32& noise) {
+  const __m256i* const from = reinterpret_cast<const __m256i*>(words);
+  noise = {centred_uniforms(_mm256_loadu_si256(from)), centred_uniforms(_mm256_loadu_si256(from + 1))};
 }
 
 QK_NAMESPACE_END

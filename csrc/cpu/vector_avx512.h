@@ -221,22 +221,22 @@ QK_INLINE F64 add_products(F64 sums, F64 a, F64 b) { return sums + a * b; }
 // halves hold is ignored.
 struct Words {
   __m512i first, second;  // blocks 0 to 7, 8 to 15
-
-  static QK_INLINE Words broadcast(uint32_t word) {
-    const __m512i all = _mm512_set1_epi64(word);
-    return {all, all};
-  }
-  // first, first + 1, ...
-  static QK_INLINE Words count_from(uint32_t first) {
-    const Words all = broadcast(first);
-    return {_mm512_add_epi64(all.first, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)),
-            _mm512_add_epi64(all.second, _mm512_setr_epi64(8, 9, 10, 11, 12, 13, 14, 15))};
-  }
 };
-QK_INLINE WideProduct<Words> multiply_wide(uint32_t constant, Words words) {
+QK_INLINE Words upper_halves(Words words) {
+  return {_mm512_shuffle_epi32(words.first, _MM_PERM_DDBB), _mm512_shuffle_epi32(words.second, _MM_PERM_DDBB)};
+}
+QK_INLINE void multiply_wide(uint32_t constant, Words words, Words& high, Words& low) {
   const __m512i c = _mm512_set1_epi64(constant);
-  const Words low = {_mm512_mul_epu32(words.first, c), _mm512_mul_epu32(words.second, c)};
-  return {{_mm512_srli_epi64(low.first, 32), _mm512_srli_epi64(low.second, 32)}, low};
+  low = {_mm512_mul_epu32(words.first, c), _mm512_mul_epu32(words.second, c)};
+  high = upper_halves(low);
+}
+// constant * first, constant * (first + 1), ...; the words do not wrap.
+QK_INLINE void multiples_from(uint32_t constant, uint32_t first, Words& high, Words& low) {
+  const __m512i all = _mm512_set1_epi64(static_cast<int64_t>(uint64_t{constant} * first));
+  const int64_t c = constant;
+  low = {_mm512_add_epi64(all, _mm512_setr_epi64(0, c, 2 * c, 3 * c, 4 * c, 5 * c, 6 * c, 7 * c)),
+         _mm512_add_epi64(all, _mm512_setr_epi64(8 * c, 9 * c, 10 * c, 11 * c, 12 * c, 13 * c, 14 * c, 15 * c))};
+  high = upper_halves(low);
 }
 QK_INLINE Words exclusive_or(Words a, Words b, uint32_t key) {
   constexpr int kOddParity = 0x96;
@@ -244,22 +244,58 @@ QK_INLINE Words exclusive_or(Words a, Words b, uint32_t key) {
   return {_mm512_ternarylogic_epi32(a.first, b.first, k, kOddParity),
           _mm512_ternarylogic_epi32(a.second, b.second, k, kOddParity)};
 }
+QK_INLINE Words exclusive_or(Words a, uint32_t key) {
+  const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(key));
+  return {_mm512_xor_si512(a.first, k), _mm512_xor_si512(a.second, k)};
+}
 
-// Blocks one after the other, their words in order: 32 words from the lower halves of 8 lanes each.
-QK_INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* out) {
-  const __m512i ab = _mm512_mask_shuffle_epi32(a, 0xaaaa, b, _MM_PERM_CCAA);
-  const __m512i cd = _mm512_mask_shuffle_epi32(c, 0xaaaa, d, _MM_PERM_CCAA);
-  out[0] = _mm512_permutex2var_epi64(ab, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), cd);
-  out[1] = _mm512_permutex2var_epi64(ab, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), cd);
+// The last round makes two neighbouring words of a product: the halves change places, and the upper one stays as it is.
+QK_INLINE __m512i last_words(uint32_t constant, __m512i word, __m512i other, uint32_t key) {
+  constexpr int kOddParity = 0x96;
+  const __m512i product = _mm512_mul_epu32(word, _mm512_set1_epi64(constant));
+  const __m512i swapped = _mm512_shuffle_epi32(product, _MM_PERM_CDAB);
+  const __m512i k = _mm512_set1_epi32(static_cast<int32_t>(key));
+  return _mm512_mask_ternarylogic_epi32(swapped, 0x5555, other, k, kOddParity);
 }
-QK_INLINE void centred_uniforms(const PhiloxWords<Words>& w, F32* out) {
-  __m512i words[kBlockVectors];
-  interleave(w.word[0].first, w.word[1].first, w.word[2].first, w.word[3].first, words);
-  interleave(w.word[0].second, w.word[1].second, w.word[2].second, w.word[3].second, words + 2);
-  for (int v = 0; v < kBlockVectors; ++v) {
-    const __m512 integer = _mm512_cvtepi32_ps(_mm512_srli_epi32(words[v], 8));
-    out[v] = {_mm512_fmadd_ps(integer, _mm512_set1_ps(0x1p-24f), _mm512_set1_ps(-0.5f))};
+// The last round of 8 blocks, and their words in order.
+QK_INLINE void last_round(__m512i c0, __m512i c1, __m512i c2, __m512i c3, uint32_t key_0, uint32_t key_1,
+                          uint32_t* out) {
+  const __m512i ab = last_words(kPhiloxSecond, c2, c1, key_0);
+  const __m512i cd = last_words(kPhiloxFirst, c0, c3, key_1);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi64(ab, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), cd));
+  _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi64(ab, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), cd));
+}
+QK_INLINE void last_round(const Words& c0, const Words& c1, const Words& c2, const Words& c3, uint32_t key_0,
+                          uint32_t key_1, uint32_t* out) {
+  last_round(c0.first, c1.first, c2.first, c3.first, key_0, key_1, out);
+  last_round(c0.second, c1.second, c2.second, c3.second, key_0, key_1, out + 32);
+}
+QK_INLINE void centred_uniforms(const uint32_t* words, F32& noise) {
+  const __m512i upper = _mm512_andnot_si512(_mm512_set1_epi32(0xff), _mm512_loadu_si512(words));
+  noise = {_mm512_fmadd_ps(_mm512_cvtepu32_ps(upper), _mm512_set1_ps(0x1p-32f), _mm512_set1_ps(-0.5f))};
+}
+
+template <>
+class QuickLevels<F32> {
+ public:
+  static constexpr float kMostLevels = 15;
+
+  QK_INLINE QuickLevels(float largest, float n, const float* values)
+      : values_(_mm512_loadu_ps(values)),
+        scale_(_mm512_set1_ps(n * 0x1p15f / largest)),
+        offset_(_mm512_set1_ps(n * 0x1p15f + kBias)) {}
+
+  QK_INLINE LaneBits quantize(F32 g, const uint32_t* words, F32& value) const {
+    const __m512 noise = _mm512_cvtepu32_ps(_mm512_loadu_si512(words));
+    const __m512 shifted = _mm512_fmadd_ps(noise, _mm512_set1_ps(0x1p-16f), offset_);
+    const __m512i fixed = _mm512_cvtps_epi32(_mm512_fmadd_ps(g.value, scale_, shifted));
+    value = {_mm512_permutexvar_ps(_mm512_srli_epi32(fixed, 16), values_)};
+    return _mm512_testn_epi32_mask(fixed, _mm512_set1_epi32(0xffff & ~(2 * kBias - 1)));
   }
-}
+
+ private:
+  static constexpr int kBias = 2;
+  __m512 values_, scale_, offset_;
+};
 
 QK_NAMESPACE_END

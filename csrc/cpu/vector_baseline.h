@@ -99,6 +99,20 @@ QK_INLINE void prefetch_vectors(const S*... p) {
   (prefetch(p), ...);
 }
 
+// Gradients of a sample to at most kMostLevels + 1 levels (numerics/dorefa.h) with few operations: an element's place
+// on the grid, n r, in fixed point with 16 binary digits after the point, and the level's value from a table.
+//
+// quantize() gives the value, and a lane's bit where that may be wrong. Let P be n r 2^16 in real numbers. The three
+// roundings to float and the one of `scale`, of numbers below 2^20, put `fixed` at most 1/8 from P + 2^15 + 2 before it
+// becomes an integer, 5/8 after. What numerics/dorefa.h computes, rint(n r), takes five roundings of numbers up to 1,
+// scaled by n <= 15, and is the level of some P' at most 1/2 from P. Where the lower 16 bits of `fixed` are 4 or more,
+// P + 2^15 is farther than 1 from a multiple of 2^16, so P and P' have one level: `fixed` without them, n at most.
+// The noise counts in all its 32 bits instead of 24: 2^-8.
+template <class V>
+struct QuickLevels {
+  static constexpr float kMostLevels = 0;  // a tier without the lookup
+};
+
 // Whether a vector lies in registers. Operations on Lanes are loops, which compilers vectorise only where nothing
 // around them is unrolled: there the loops take one vector at a time.
 template <class T>
@@ -107,36 +121,38 @@ constexpr bool kIsInRegisters = !std::is_same_v<Vector<T>, Lanes<T>>;
 // Words of kLanes Philox blocks side by side.
 struct LanesU32 {
   uint32_t lane[kLanes];
-
-  static QK_INLINE LanesU32 broadcast(uint32_t word) {
-    LanesU32 r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = word;
-    return r;
-  }
-  // first, first + 1, ...
-  static QK_INLINE LanesU32 count_from(uint32_t first) {
-    LanesU32 r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = first + static_cast<uint32_t>(i);
-    return r;
-  }
 };
-QK_INLINE WideProduct<LanesU32> multiply_wide(uint32_t constant, LanesU32 words) {
-  WideProduct<LanesU32> r;
-  for (int i = 0; i < kLanes; ++i) {
-    const WideProduct<uint32_t> product = multiply_wide(constant, words.lane[i]);
-    r.high.lane[i] = product.high;
-    r.low.lane[i] = product.low;
-  }
-  return r;
+QK_INLINE void multiply_wide(uint32_t constant, const LanesU32& words, LanesU32& high, LanesU32& low) {
+  for (int i = 0; i < kLanes; ++i) multiply_wide(constant, words.lane[i], high.lane[i], low.lane[i]);
 }
 QK_INLINE LanesU32 exclusive_or(LanesU32 a, LanesU32 b, uint32_t key) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] ^= b.lane[i] ^ key;
   return a;
 }
+QK_INLINE LanesU32 exclusive_or(LanesU32 a, uint32_t key) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] ^= key;
+  return a;
+}
+// constant * first, constant * (first + 1), ...
+QK_INLINE void multiples_from(uint32_t constant, uint32_t first, LanesU32& high, LanesU32& low) {
+  for (int i = 0; i < kLanes; ++i) {
+    multiply_wide(constant, first + static_cast<uint32_t>(i), high.lane[i], low.lane[i]);
+  }
+}
 
-// The noise of kBlock elements: blocks one after the other, their words in order.
-QK_INLINE void centred_uniforms(const PhiloxWords<LanesU32>& words, Lanes<float>* out) {
-  for (int i = 0; i < kBlock; ++i) out[i / kLanes].lane[i % kLanes] = centred_uniform(words.word[i % 4].lane[i / 4]);
+// The last round, and the words of the blocks in order.
+QK_INLINE void last_round(const LanesU32& c0, const LanesU32& c1, const LanesU32& c2, const LanesU32& c3,
+                          uint32_t key_0, uint32_t key_1, uint32_t* out) {
+  LanesU32 word[4], high;
+  multiply_wide(kPhiloxSecond, c2, high, word[1]);
+  word[0] = exclusive_or(high, c1, key_0);
+  multiply_wide(kPhiloxFirst, c0, high, word[3]);
+  word[2] = exclusive_or(high, c3, key_1);
+  for (int i = 0; i < kBlock; ++i) out[i] = word[i % 4].lane[i / 4];
+}
+// The noise of kLanes words.
+QK_INLINE void centred_uniforms(const uint32_t* words, Lanes<float>& noise) {
+  for (int i = 0; i < kLanes; ++i) noise.lane[i] = centred_uniform(words[i]);
 }
 
 #define QK_LANEWISE(EXPRESSION)                                            \

@@ -97,14 +97,17 @@ QK_INLINE Twin<Vector<double>> hyperbolic_tangent(const Twin<Vector<double>>& x)
 
 // Words of two runs of Philox blocks.
 template <class U>
-QK_INLINE WideProduct<Twin<U>> multiply_wide(uint32_t constant, const Twin<U>& words) {
-  const WideProduct<U> first = multiply_wide(constant, words.first);
-  const WideProduct<U> second = multiply_wide(constant, words.second);
-  return {{first.high, second.high}, {first.low, second.low}};
+QK_INLINE void multiply_wide(uint32_t constant, const Twin<U>& words, Twin<U>& high, Twin<U>& low) {
+  multiply_wide(constant, words.first, high.first, low.first);
+  multiply_wide(constant, words.second, high.second, low.second);
 }
 template <class U>
 QK_INLINE Twin<U> exclusive_or(const Twin<U>& a, const Twin<U>& b, uint32_t key) {
   return {exclusive_or(a.first, b.first, key), exclusive_or(a.second, b.second, key)};
+}
+template <class U>
+QK_INLINE Twin<U> exclusive_or(const Twin<U>& a, uint32_t key) {
+  return {exclusive_or(a.first, key), exclusive_or(a.second, key)};
 }
 
 QK_NAMESPACE_END

@@ -72,11 +72,20 @@ QK_INLINE V dorefa_activation_element(V x, const Levels<V>& levels, V one, V zer
   return round_to_levels<reciprocal>(clamp(x, zero, one), levels);
 }
 
-// 2 m (quantize_k(clamp(g / (2m) + 1/2 + sigma / n, 0, 1)) - 1/2), m > 0.
+// Gradients: 2 m (rint(n clamp(r, 0, 1)) / n - 1/2) with r = g / (2m) + 1/2 + sigma / n, m > 0. This is r.
+template <bool reciprocal, class V>
+QK_INLINE V dorefa_gradient_ratio(V g, V sigma, V twice_largest, const Levels<V>& levels, V half) {
+  return (g / twice_largest + half) + divide_by_levels<reciprocal>(sigma, levels);
+}
+// 2 m (q / n - 1/2)
+template <bool reciprocal, class V>
+QK_INLINE V dorefa_gradient_at_level(V q, V twice_largest, const Levels<V>& levels, V half) {
+  return twice_largest * (divide_by_levels<reciprocal>(q, levels) - half);
+}
 template <bool reciprocal, class V>
 QK_INLINE V dorefa_gradient_element(V g, V sigma, V twice_largest, const Levels<V>& levels, V one, V half, V zero) {
-  const V r = (g / twice_largest + half) + divide_by_levels<reciprocal>(sigma, levels);
-  return twice_largest * (round_to_levels<reciprocal>(clamp(r, zero, one), levels) - half);
+  const V r = clamp(dorefa_gradient_ratio<reciprocal>(g, sigma, twice_largest, levels, half), zero, one);
+  return dorefa_gradient_at_level<reciprocal>(round_even(r * levels.n), twice_largest, levels, half);
 }
 
 QK_NAMESPACE_END

@@ -16,17 +16,6 @@ struct PhiloxKey {
   }
 };
 
-// The keys of all rounds in memory, where a vector operation takes them from without an instruction of their own.
-struct PhiloxKeys {
-  uint32_t word[kPhiloxRounds][2];
-
-  explicit PhiloxKeys(PhiloxKey key) {
-    for (int round = 0; round < kPhiloxRounds; ++round)
-      for (int index = 0; index < 2; ++index) word[round][index] = key.of_round(round, index);
-  }
-  QK_INLINE uint32_t of_round(int round, int index) const { return word[round][index]; }
-};
-
 // U is a 32-bit word, or a vector of the words of many blocks.
 template <class U>
 struct PhiloxWords {
@@ -34,36 +23,85 @@ struct PhiloxWords {
 };
 using PhiloxBlock = PhiloxWords<uint32_t>;
 
-template <class U>
-struct WideProduct {
-  U high, low;
-};
-
-QK_INLINE WideProduct<uint32_t> multiply_wide(uint32_t constant, uint32_t word) {
+QK_INLINE void multiply_wide(uint32_t constant, uint32_t word, uint32_t& high, uint32_t& low) {
   const uint64_t product = uint64_t{constant} * word;
-  return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
 }
 QK_INLINE uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t key) { return a ^ b ^ key; }
+QK_INLINE uint32_t exclusive_or(uint32_t a, uint32_t key) { return a ^ key; }
 
-// Recursive, so that every compiler unrolls the rounds: in a loop the words of many blocks would go through memory.
-template <int kRound, class U, class Key>
-QK_INLINE PhiloxWords<U> philox_rounds(const PhiloxWords<U>& c, const Key& key) {
-  if constexpr (kRound == kPhiloxRounds) {
-    return c;
-  } else {
-    const WideProduct<U> first = multiply_wide(0xD2511F53u, c.word[0]);
-    const WideProduct<U> second = multiply_wide(0xCD9E8D57u, c.word[2]);
-    return philox_rounds<kRound + 1, U>({{exclusive_or(second.high, c.word[1], key.of_round(kRound, 0)), second.low,
-                                          exclusive_or(first.high, c.word[3], key.of_round(kRound, 1)), first.low}},
-                                        key);
+constexpr uint32_t kPhiloxFirst = 0xD2511F53u;
+constexpr uint32_t kPhiloxSecond = 0xCD9E8D57u;
+
+// Recursive, so that every compiler unrolls the rounds, and on single words: in a loop, or as one object, the words of
+// many blocks would go through memory.
+// Rounds [kBegin, kEnd); before each, between(round) does something else.
+template <int kBegin, int kEnd, class U, class Key, class F>
+QK_INLINE void philox_rounds(U& c0, U& c1, U& c2, U& c3, const Key& key, const F& between) {
+  if constexpr (kBegin < kEnd) {
+    between(kBegin);
+    U high_0, low_0, high_1, low_1;
+    multiply_wide(kPhiloxFirst, c0, high_0, low_0);
+    multiply_wide(kPhiloxSecond, c2, high_1, low_1);
+    c0 = exclusive_or(high_1, c1, key.of_round(kBegin, 0));
+    c1 = low_1;
+    c2 = exclusive_or(high_0, c3, key.of_round(kBegin, 1));
+    c3 = low_0;
+    philox_rounds<kBegin + 1, kEnd>(c0, c1, c2, c3, key, between);
   }
 }
 
-// Key is PhiloxKey or PhiloxKeys.
-template <class U, class Key>
-QK_INLINE PhiloxWords<U> philox4x32(const PhiloxWords<U>& counter, const Key& key) {
-  return philox_rounds<0, U>(counter, key);
+template <class U>
+QK_INLINE PhiloxWords<U> philox4x32(const PhiloxWords<U>& counter, const PhiloxKey& key) {
+  PhiloxWords<U> w = counter;
+  philox_rounds<0, kPhiloxRounds>(w.word[0], w.word[1], w.word[2], w.word[3], key, [](int) QK_INLINE_LAMBDA {});
+  return w;
 }
+
+// Blocks whose counters differ in their lowest word alone. What the first rounds make of the other words is the same
+// for all of them and is computed once, as are the keys: from memory a vector operation takes them without an
+// instruction of their own.
+class PhiloxStream {
+ public:
+  // Of all blocks that share the upper words of `counter`.
+  PhiloxStream(const PhiloxBlock& counter, PhiloxKey key) : counter_high_(counter.word[1]) {
+    for (int round = 0; round < kPhiloxRounds; ++round)
+      for (int index = 0; index < 2; ++index) keys_[round][index] = key.of_round(round, index);
+    uint32_t high, low;
+    multiply_wide(kPhiloxSecond, counter.word[2], high, low);
+    round_0_ = counter.word[3] ^ keys_[0][1];
+    round_1_[0] = low ^ keys_[1][0];
+    multiply_wide(kPhiloxFirst, high ^ counter.word[1] ^ keys_[0][0], high, low);
+    round_1_[1] = high ^ keys_[1][1];
+    round_2_ = low ^ keys_[2][1];
+  }
+
+  QK_INLINE bool holds(const PhiloxBlock& counter) const { return counter.word[1] == counter_high_; }
+  QK_INLINE uint32_t of_round(int round, int index) const { return keys_[round][index]; }
+
+  // The words before the last round of the blocks whose lowest counter words, times kPhiloxFirst, are `high` and `low`.
+  template <class U, class F>
+  QK_INLINE PhiloxWords<U> before_last_round(const U& high, const U& low, const F& between) const {
+    U upper, lower, c0, c1, c2, c3;
+    multiply_wide(kPhiloxSecond, exclusive_or(high, round_0_), upper, c1);
+    c0 = exclusive_or(upper, round_1_[0]);
+    c2 = exclusive_or(low, round_1_[1]);
+    between(2);
+    multiply_wide(kPhiloxFirst, c0, upper, c3);
+    multiply_wide(kPhiloxSecond, c2, c0, lower);
+    c0 = exclusive_or(c0, c1, keys_[2][0]);
+    c1 = lower;
+    c2 = exclusive_or(upper, round_2_);
+    philox_rounds<3, kPhiloxRounds - 1>(c0, c1, c2, c3, *this, between);
+    return {{c0, c1, c2, c3}};
+  }
+
+ private:
+  uint32_t keys_[kPhiloxRounds][2];
+  uint32_t counter_high_;
+  uint32_t round_0_, round_1_[2], round_2_;
+};
 
 QK_INLINE PhiloxKey philox_key(int64_t seed) {
   return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)}};

@@ -241,6 +241,33 @@ void philox_known_answers() {
   expect(qk::centred_uniform(0) == -0.5f && qk::centred_uniform(~0u) == 0.5f - 0x1p-24f, "ends of the noise", 0);
 }
 
+// Blocks of a stream against the same blocks from scratch, for counters and keys with words of all sizes.
+void philox_streams() {
+  const uint32_t words[] = {0, 1, 0x80000000, 0xffffffff, 0x243f6a88};
+  const uint32_t lowest[] = {0, 16, 0x7ffffff0, 0xfffffff0};
+  for (const uint32_t c1 : words)
+    for (const uint32_t c2 : words)
+      for (const uint32_t c3 : words)
+        for (const uint32_t k0 : words) {
+          const qk::PhiloxKey key{{k0, ~c3}};
+          const qk::PhiloxStream stream({{0, c1, c2, c3}}, key);
+          for (const uint32_t c0 : lowest) {
+            const qk::PhiloxBlock counter = {{c0, c1, c2, c3}};
+            expect(stream.holds(counter), "stream", c1);
+            uint32_t high, low;
+            qk::multiply_wide(qk::kPhiloxFirst, c0, high, low);
+            int calls = 0;
+            qk::PhiloxBlock w = stream.before_last_round(high, low, [&](int round) { calls += round; });
+            expect(calls == 2 + 3 + 4 + 5 + 6 + 7 + 8, "calls between rounds", calls);
+            qk::philox_rounds<qk::kPhiloxRounds - 1, qk::kPhiloxRounds>(w.word[0], w.word[1], w.word[2], w.word[3],
+                                                                        stream, [](int) {});
+            const qk::PhiloxBlock expected = qk::philox4x32(counter, key);
+            for (int i = 0; i < 4; ++i) expect(w.word[i] == expected.word[i], "word of a stream", i, c0, c1);
+          }
+          expect(!stream.holds({{0, c1 + 1, c2, c3}}), "another stream", c1);
+        }
+}
+
 const std::map<std::string, std::function<void()>> kChecks = {
     {"all_halves", all_halves},
     {"rounding_to_half", rounding_to_half},
@@ -252,6 +279,7 @@ const std::map<std::string, std::function<void()>> kChecks = {
     {"division_by_levels", division_by_levels},
     {"tanh_accuracy", tanh_accuracy},
     {"philox_known_answers", philox_known_answers},
+    {"philox_streams", philox_streams},
 };
 
 }  // namespace
