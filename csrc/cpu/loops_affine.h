@@ -184,10 +184,12 @@ class SegmentWalk {
 
   void run() {
     while (position_ < end_) {
-      const int64_t count = (std::min(segment_end_, end_) - position_) / kLanes;
+      if (position_ == segment_end_) next_segment();
+      const int64_t stop = std::min(segment_end_, end_);
+      const int64_t count = (stop - position_) / kLanes;
       whole_vectors(count);
       position_ += count * kLanes;
-      if (position_ < end_) mixed_vector();
+      if (position_ < stop) mixed_vector();
     }
   }
 
@@ -220,7 +222,7 @@ class SegmentWalk {
       std::copy(out + lane, out + stop, y_ + position_ + lane);
       all |= static_cast<LaneBits>(bits & ((1u << stop) - (1u << lane)));
       lane = stop;
-      if (position_ + stop == segment_end_ && position_ + stop < end_) next_segment();
+      if (lane < valid) next_segment();
     }
     std::memcpy(mask_ + position_ / 8, &all, static_cast<size_t>((valid + 7) / 8));
     position_ += valid;
