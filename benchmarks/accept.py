@@ -18,6 +18,8 @@ class Verdict:
         best: at the best of the workloads that the line covers.
         fastest: the worst figure with the fastest sample of each candidate in place of the medians; beside `figure` it
             shows how much the machine was disturbed. It decides nothing.
+        clamps: at the workload that decided, with two clamps in an autograd.Function in place of the library: what the
+            line would read if the arithmetic cost nothing.
         where: the workload that decided.
     """
 
@@ -27,6 +29,7 @@ class Verdict:
     figure: str | None = None
     best: str = ""
     fastest: str = ""
+    clamps: str = ""
     where: str = ""
     passed: bool | None = None
 
@@ -80,6 +83,7 @@ class Bound:
         if not costs:
             return Verdict(self.line, self.text, limit)
         worst, _, measurement, candidate = max(costs, key=lambda cost: cost[0])
+        clamps = kernels.CLAMPS in measurement.seconds
         return Verdict(
             self.line,
             self.text,
@@ -87,6 +91,7 @@ class Bound:
             figure=f"{self._figure(worst):.2f}",
             best=f"{self._figure(min(cost[0] for cost in costs)):.2f}",
             fastest=f"{self._figure(max(cost[1] for cost in costs)):.2f}",
+            clamps=f"{self._figure(measurement.ratio(kernels.CLAMPS, self.versus)):.2f}" if clamps else "",
             where=_where(measurement, candidate if len(self.candidates) > 1 else ""),
             passed=self._holds(worst),
         )
@@ -228,9 +233,10 @@ def report_text(verdicts: Sequence[Verdict], tier: str) -> str:
         "stated for AVX-512." + ("" if tier == "avx512" else " THIS RUN HAD NONE: the verdicts are its own tier's.")
     ]
     lines.append(
-        f"{'':49s}{'bound':>9s}  {'worst':>7s} {'best':>7s} {'fastest':>7s}  verdict       where the worst was"
+        f"{'':49s}{'bound':>9s}  {'worst':>7s} {'best':>7s} {'fastest':>7s} {'clamps':>7s}  verdict       "
+        "where the worst was"
     )
     for v in verdicts:
-        figures = f"{v.bound:>9s}  {v.figure or '-':>7s} {v.best:>7s} {v.fastest:>7s}"
+        figures = f"{v.bound:>9s}  {v.figure or '-':>7s} {v.best:>7s} {v.fastest:>7s} {v.clamps:>7s}"
         lines.append(f"{v.line:>3s}  {v.text:44s}{figures}  {outcomes[v.passed]:12s}  {tier}: {v.where}".rstrip(": "))
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from benchmarks.case import COPY, OURS, Candidate, Case, Workload
 from quantkernels import functional, nn, reference
 
 CLAMP = "clamp"
+CLAMPS = "two clamps, autograd.Function"
 ATEN = "torch.fake_quantize"
 ATEN_TENSORS = "torch.fake_quantize, tensor qparams"
 AO = "torch.ao FusedMovingAvgObs"
@@ -85,6 +87,23 @@ def _chosen(setting: Setting, competition: dict[str, Candidate]) -> dict[str, Ca
     return {name: c for name, c in competition.items() if setting.peers is None or name in setting.peers}
 
 
+class _Clamps(torch.autograd.Function):
+    """The traffic of an elementwise operator and its backward, through the same door: a limit to what one can reach."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        return input.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0].clamp(-1, 1)
+
+
+def _clamps(x: Tensor) -> Tensor:
+    y: Tensor = _Clamps.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
 def _forward_backward(function: peers.Function, x: Tensor, g: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     def run() -> tuple[Tensor, ...]:
         y = function(x)
@@ -131,11 +150,10 @@ class _Ways:
         competition: dict[str, Candidate],
         tolerance: float = 0.0,
     ) -> Case:
-        candidates = {
-            **_memory_speed(self.input),
-            OURS: Candidate(self.run(ours), tolerance),
-            **_chosen(self.setting, competition),
-        }
+        candidates = {**_memory_speed(self.input), OURS: Candidate(self.run(ours), tolerance)}
+        if self.phase == FORWARD_BACKWARD:
+            candidates[CLAMPS] = Candidate(self.run(_clamps), tolerance=None)
+        candidates |= _chosen(self.setting, competition)
         return Case(self.setting.workload(op, self.phase), candidates, self.expected(expected), bytes_moved)
 
 
