@@ -50,14 +50,16 @@ struct DoReFaWeightSums {
   double largest_elements;  // how many share the maximum
 };
 
-// max|g| of consecutive samples in the compute type, from sample `first` on.
-struct LargestGradients {
+// What dorefa_gradient needs besides its job: max|g| of consecutive samples in the compute type, from `first_sample`
+// on, and where the gradients end that its thread quantizes.
+struct GradientPart {
   const void* largest;
-  int64_t first;
+  int64_t first_sample;
+  int64_t end;
 };
 
 // Gradients are quantized this many at a time: the samples are read for their largest magnitude and are then still in
-// the second-level cache, to which dorefa_gradient fetches the next chunk meanwhile.
+// the second-level cache, to which dorefa_gradient fetches the thread's next chunk meanwhile.
 constexpr int64_t kGradientChunk = 1 << 16;
 
 struct Kernels {
@@ -78,7 +80,7 @@ struct Kernels {
   // maximum, per unit of its sign.
   void (*dorefa_weight_gradient)(const DoReFaWeightGradientJob&, double through_largest, int64_t begin, int64_t end);
   void (*dorefa_activation)(const DoReFaActivationJob&, Store, int64_t begin, int64_t end);
-  void (*dorefa_gradient)(const DoReFaGradientJob&, LargestGradients, Store, int64_t begin, int64_t end);
+  void (*dorefa_gradient)(const DoReFaGradientJob&, const GradientPart&, Store, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

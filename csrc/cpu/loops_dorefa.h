@@ -248,22 +248,42 @@ class NoiseSource {
   QK_INLINE void draw(int64_t first, uint32_t* words, const F& between) {
     const PhiloxBlock counter = philox_counter(first / 4, step_);
     if (!stream_.holds(counter)) stream_ = PhiloxStream(counter, key_);
-    Twin<Words> high, low;
-    multiples_from(kPhiloxFirst, counter.word[0], high.first, low.first);
-    multiples_from(kPhiloxFirst, counter.word[0] + kBlock / 4, high.second, low.second);
-    static_assert(kNoiseVectors == kPhiloxRounds - 2);
-    between(0);
-    const PhiloxWords<Twin<Words>> w =
-        stream_.before_last_round(high, low, [&](int round) QK_INLINE_LAMBDA { between(round - 1); });
-    const uint32_t key_0 = stream_.of_round(kPhiloxRounds - 1, 0), key_1 = stream_.of_round(kPhiloxRounds - 1, 1);
-    last_round(w.word[0].first, w.word[1].first, w.word[2].first, w.word[3].first, key_0, key_1, words);
-    last_round(w.word[0].second, w.word[1].second, w.word[2].second, w.word[3].second, key_0, key_1, words + kBlock);
+    draw_blocks<typename WordsOf<Vector<float>>::type>(counter.word[0], words, between);
   }
   QK_INLINE void draw(int64_t first, uint32_t* words) {
     draw(first, words, [](int) QK_INLINE_LAMBDA {});
   }
 
  private:
+  // Block by block.
+  template <class W, class F>
+  QK_INLINE std::enable_if_t<std::is_void_v<W>> draw_blocks(uint32_t first, uint32_t* words, const F& between) const {
+    const auto nothing = [](int) QK_INLINE_LAMBDA {};
+    for (uint32_t b = 0; b < kNoiseElements / 4; ++b) {
+      uint32_t high, low;
+      multiply_wide(kPhiloxFirst, first + b, high, low);
+      PhiloxBlock w = stream_.before_last_round(high, low, nothing);
+      philox_rounds<kPhiloxRounds - 1, kPhiloxRounds>(w.word[0], w.word[1], w.word[2], w.word[3], stream_, nothing);
+      std::copy_n(w.word, 4, words + 4 * b);
+    }
+    for (int v = 0; v < kNoiseVectors; ++v) between(v);
+  }
+
+  // All side by side.
+  template <class W, class F>
+  QK_INLINE std::enable_if_t<!std::is_void_v<W>> draw_blocks(uint32_t first, uint32_t* words, const F& between) const {
+    Twin<W> high, low;
+    multiples_from(kPhiloxFirst, first, high.first, low.first);
+    multiples_from(kPhiloxFirst, first + kBlock / 4, high.second, low.second);
+    static_assert(kNoiseVectors == kPhiloxRounds - 2);
+    between(0);
+    const PhiloxWords<Twin<W>> w =
+        stream_.before_last_round(high, low, [&](int round) QK_INLINE_LAMBDA { between(round - 1); });
+    const uint32_t key_0 = stream_.of_round(kPhiloxRounds - 1, 0), key_1 = stream_.of_round(kPhiloxRounds - 1, 1);
+    last_round(w.word[0].first, w.word[1].first, w.word[2].first, w.word[3].first, key_0, key_1, words);
+    last_round(w.word[0].second, w.word[1].second, w.word[2].second, w.word[3].second, key_0, key_1, words + kBlock);
+  }
+
   PhiloxKey key_;
   int64_t step_;
   PhiloxStream stream_;
@@ -293,11 +313,12 @@ class GradientWalk {
   using Constants = GradientConstants<T>;
 
  public:
-  GradientWalk(const DoReFaGradientJob& job, cpu::LargestGradients largest)
+  GradientWalk(const DoReFaGradientJob& job, const cpu::GradientPart& part)
       : g_(static_cast<const S*>(job.grad_output)),
         y_(static_cast<S*>(job.grad_input)),
-        largest_(static_cast<const T*>(largest.largest)),
-        first_sample_(largest.first),
+        largest_(static_cast<const T*>(part.largest)),
+        first_sample_(part.first_sample),
+        part_end_(part.end),
         inner_(job.inner),
         levels_(make_levels<T>(job.bits)),
         noise_(job) {}
@@ -364,7 +385,7 @@ class GradientWalk {
     noise_.draw(begin, drawn);
     int64_t i = begin;
     for (; i + kNoiseElements < end; i += kNoiseElements) {
-      prefetch_vectors<kNoiseVectors>(g_ + i + cpu::kGradientChunk);
+      if (i + cpu::kGradientChunk < part_end_) prefetch_vectors<kNoiseVectors>(g_ + i + cpu::kGradientChunk);
       noise_.draw(i + kNoiseElements, next,
                   [&](int v) QK_INLINE_LAMBDA { vector(i + v * kLanes, drawn + v * kLanes); });
       after_draw(i, drawn);
@@ -415,18 +436,19 @@ class GradientWalk {
   S* y_;
   const T* largest_;
   int64_t first_sample_;
+  int64_t part_end_;
   int64_t inner_;
   Levels<T> levels_;
   NoiseSource noise_;
 };
 
-inline void dorefa_gradient(const DoReFaGradientJob& job, cpu::LargestGradients largest, Store store, int64_t begin,
+inline void dorefa_gradient(const DoReFaGradientJob& job, const cpu::GradientPart& part, Store store, int64_t begin,
                             int64_t end) {
   if (begin >= end) return;
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
     dispatch_store(store, static_cast<const S*>(job.grad_input),
-                   [&](auto constant) { GradientWalk<decltype(constant)::value, S>(job, largest).run(begin, end); });
+                   [&](auto constant) { GradientWalk<decltype(constant)::value, S>(job, part).run(begin, end); });
   });
 }
 

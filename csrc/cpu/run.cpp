@@ -286,7 +286,7 @@ void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
     const std::vector<T> largest =
         largest_magnitudes<T>(job.dtype, job.grad_output, job.samples, job.inner, parallel_for);
     parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
-      kernels.dorefa_gradient(job, {largest.data(), 0}, store, begin, end);
+      kernels.dorefa_gradient(job, {largest.data(), 0, end}, store, begin, end);
     });
     return;
   }
@@ -300,7 +300,7 @@ void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
       largest.resize(static_cast<size_t>(samples));
       kernels.largest_magnitudes(job.dtype, gradient + first * job.inner * element_size(job.dtype), samples, job.inner,
                                  largest.data());
-      kernels.dorefa_gradient(job, {largest.data(), first}, store, begin, end);
+      kernels.dorefa_gradient(job, {largest.data(), first, part_end}, store, begin, end);
     }
   });
 }

@@ -2,11 +2,6 @@
 #define QK_ARCH baseline
 
 #include "vector_baseline.h"
-
-QK_NAMESPACE_BEGIN
-using Words = LanesU32;
-QK_NAMESPACE_END
-
 // The loops follow the vector type.
 #include "tier.h"
 

@@ -277,6 +277,10 @@ QK_INLINE F64 add_products(F64 sums, F64 a, F64 b) { return sums + a * b; }
 struct Words {
   __m256i part[4];  // 4 blocks each
 };
+template <>
+struct WordsOf<F32> {
+  using type = Words;
+};
 QK_INLINE Words upper_halves(Words words) {
   for (__m256i& part : words.part) part = _mm256_srli_epi64(part, 32);
   return words;

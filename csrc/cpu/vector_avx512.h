@@ -222,6 +222,10 @@ QK_INLINE F64 add_products(F64 sums, F64 a, F64 b) { return sums + a * b; }
 struct Words {
   __m512i first, second;  // blocks 0 to 7, 8 to 15
 };
+template <>
+struct WordsOf<F32> {
+  using type = Words;
+};
 QK_INLINE Words upper_halves(Words words) {
   return {_mm512_shuffle_epi32(words.first, _MM_PERM_DDBB), _mm512_shuffle_epi32(words.second, _MM_PERM_DDBB)};
 }
