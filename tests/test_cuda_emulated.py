@@ -24,6 +24,7 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_dorefa_weight_of_zeros,
     test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
     test_dorefa_weight_shows_what_is_not_finite,
+    test_fake_quantize_every_half,
     test_fake_quantize_layouts,
     test_fake_quantize_next_to_ties,
     test_fake_quantize_per_channel,

@@ -96,6 +96,17 @@ def test_fake_quantize_random_scales_next_to_ties() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(0.1, 0, -128, 127), (2.0**-9, 77, 0, 255), (3e-5, 0, 0, 65535)], ids=str)
+@pytest.mark.parametrize("bounds", [None, (0.0, 6.0)], ids=str)
+def test_fake_quantize_every_half(bounds: Any, grid: tuple[float, int, int, int], dtype: torch.dtype) -> None:
+    """All 65536 of them: every NaN stays one, every tie of the rounding to 16 bits comes up that the grid has."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    assert_matches_reference("fake_quantize", x, *grid, bounds=bounds)
+    y = functional.fake_quantize(x, *grid, bounds=bounds)
+    assert torch.equal(y.isnan(), x.isnan())
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["fake_quantize", "dorefa_activation"])
 def test_in_place(layout: cases.Layout, name: str) -> None:

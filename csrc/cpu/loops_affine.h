@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../numerics/channel.h"
 #include "../numerics/dispatch.h"
@@ -28,11 +29,32 @@ QK_INLINE LaneBits quantize_vector(V value, S* y, const AffineConstants<V>& c) {
   return gradient_passes(value, c);
 }
 
+// Of `count` whole vectors those that make blocks; returns how many.
+template <class Pairs, AffineMode mode, Store store, class S, class V>
+QK_INLINE int64_t quantize_pairs(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<V>& c) {
+  int64_t i = 0;
+  for (; i + kBlockVectors <= count; i += kBlockVectors) {
+    uint32_t bits[kBlockVectors / 2];
+    prefetch_vectors<kBlockVectors>(x + i * kLanes);
+    for (int p = 0; p < kBlockVectors / 2; ++p) {
+      const int64_t at = (i + 2 * p) * kLanes;
+      const Pairs in = Pairs::load(x + at);
+      put<store>(Pairs{fake_quantize_element<mode>(in.even, c), fake_quantize_element<mode>(in.odd, c)}, y + at);
+      bits[p] = interleaved(gradient_passes(in.even, c), gradient_passes(in.odd, c));
+    }
+    std::memcpy(mask + i * sizeof(LaneBits), bits, sizeof(bits));
+  }
+  return i;
+}
+
 // `count` whole vectors that share their constants.
 template <AffineMode mode, Store store, class S, class T>
 void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
   const AffineConstants<Vector<T>> c = broadcast(scalars);
   int64_t i = 0;
+  if constexpr (!std::is_void_v<typename PairsOf<S>::type> && mode != AffineMode::kDivide) {
+    i = quantize_pairs<typename PairsOf<S>::type, mode, store>(x, y, mask, count, c);
+  }
   for (; kIsInRegisters<T> && i + kBlockVectors <= count; i += kBlockVectors) {
     LaneBits bits[kBlockVectors];
     prefetch_vectors<kBlockVectors>(x + i * kLanes);

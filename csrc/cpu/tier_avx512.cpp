@@ -1,5 +1,5 @@
-// The tier for processors with AVX-512 F, BW, VL and DQ. Standard headers come before the target region: their inline
-// functions are shared with the rest of the library and must run everywhere.
+// The tier for processors with AVX-512 F, BW, VL and DQ, and BMI2. Standard headers come before the target region:
+// their inline functions are shared with the rest of the library and must run everywhere.
 #if defined(__x86_64__)
 #define QK_ARCH avx512
 
@@ -22,11 +22,11 @@
 #include "kernels.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,fma,f16c"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,fma,f16c")
 #endif
 
 #include "vector_avx512.h"

@@ -122,6 +122,46 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const uint16_t* from, uint16_t
   }
 }
 
+// 32 bfloat16 as they lie in memory: the lower half of each word is an element at an even place, the upper half its
+// neighbour, and either one is a float32 with half a word of zeros. A NaN must have zeros there, as those of the format
+// do and those that arithmetic makes.
+struct BFloat16Pairs {
+  F32 even, odd;
+
+  static QK_INLINE BFloat16Pairs load(const BFloat16* p) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))},
+            {_mm512_castsi512_ps(_mm512_and_si512(bits, upper_halves()))}};
+  }
+  QK_INLINE void store(BFloat16* p) const { _mm512_storeu_si512(p, narrow()); }
+  QK_INLINE void stream(BFloat16* p) const {
+    __m256i* const to = reinterpret_cast<__m256i*>(p);
+    _mm256_stream_si256(to, _mm512_castsi512_si256(narrow()));
+    _mm256_stream_si256(to + 1, _mm512_extracti64x4_epi64(narrow(), 1));
+  }
+
+ private:
+  static QK_INLINE __m512i upper_halves() { return _mm512_set1_epi32(static_cast<int>(0xffff0000)); }
+  // To nearest, ties to even, in the upper half.
+  static QK_INLINE __m512i rounded(F32 x) {
+    const __m512i bits = _mm512_castps_si512(x.value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  }
+  QK_INLINE __m512i narrow() const {
+    constexpr int kSecondWhereThird = 0xd8;
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(rounded(even), 16), rounded(odd), upper_halves(),
+                                     kSecondWhereThird);
+  }
+};
+template <>
+struct PairsOf<BFloat16> {
+  using type = BFloat16Pairs;
+};
+QK_INLINE uint32_t interleaved(LaneBits even, LaneBits odd) {
+  return _pdep_u32(even, 0x55555555) | _pdep_u32(odd, 0xaaaaaaaa);
+}
+
 // The 16-lane float64 vector: two registers.
 struct F64 {
   __m512d low, high;

@@ -113,6 +113,12 @@ struct QuickLevels {
   static constexpr float kMostLevels = 0;  // a tier without the lookup
 };
 
+// Two vectors of elements at even and at odd places of memory, where a tier loads and stores S faster like that.
+template <class S>
+struct PairsOf {
+  using type = void;
+};
+
 // Whether a vector lies in registers. Operations on Lanes are loops, which compilers vectorise only where nothing
 // around them is unrolled: there the loops take one vector at a time.
 template <class T>
