@@ -15,8 +15,9 @@
 namespace qk::cpu {
 namespace {
 
-// Elements below which a second thread costs more than it saves.
-constexpr int64_t kGrain = 1 << 15;
+// Elements below which a second thread costs more than it saves: where memory decides, and where arithmetic does.
+constexpr int64_t kGrain = 1 << 16;
+constexpr int64_t kArithmeticGrain = 1 << 15;
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> kernels = {&kBaselineKernels};
@@ -63,9 +64,9 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F& b
 
 // body(begin, end) over elements, in parts that begin on whole mask bytes.
 template <class F>
-void parallel_elements(ParallelFor parallel_for, int64_t numel, const F& body) {
+void parallel_elements(ParallelFor parallel_for, int64_t numel, int64_t grain, const F& body) {
   const int64_t parts = (numel + kPartAlignment - 1) / kPartAlignment;
-  parallel(parallel_for, parts, kGrain / kPartAlignment,
+  parallel(parallel_for, parts, grain / kPartAlignment,
            [&](int64_t begin, int64_t end) { body(begin * kPartAlignment, std::min(end * kPartAlignment, numel)); });
 }
 
@@ -102,7 +103,7 @@ class JobConstants {
     uint8_t* const modes = static_cast<uint8_t*>(memory) + static_cast<size_t>(length) * (bytes_per_entry - 1);
     table_ = {memory, modes, length};
     const int64_t vectors = (length + kLanes - 1) / kLanes;
-    parallel(parallel_for, vectors, kGrain / kEntryCost / kLanes, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, vectors, kArithmeticGrain / kEntryCost / kLanes, [&](int64_t begin, int64_t end) {
       kernels.affine_table(job, table_, begin * kLanes, std::min(end * kLanes, length));
     });
   }
@@ -251,7 +252,7 @@ template <class Result, class F>
 std::vector<Result> sum_parts(ParallelFor parallel_for, int64_t numel, const F& part) {
   const int64_t count = (numel + kSumPart - 1) / kSumPart;
   std::vector<Result> results(static_cast<size_t>(count));
-  parallel(parallel_for, count, kGrain / kSumPart, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, count, kArithmeticGrain / kSumPart, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       results[static_cast<size_t>(p)] = part(p * kSumPart, std::min((p + 1) * kSumPart, numel));
     }
@@ -285,13 +286,13 @@ void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
   if (job.inner > kGradientChunk) {  // of a few large samples every thread would read all
     const std::vector<T> largest =
         largest_magnitudes<T>(job.dtype, job.grad_output, job.samples, job.inner, parallel_for);
-    parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
+    parallel_elements(parallel_for, numel, kArithmeticGrain, [&](int64_t begin, int64_t end) {
       kernels.dorefa_gradient(job, {largest.data(), 0, end}, store, begin, end);
     });
     return;
   }
   const char* const gradient = static_cast<const char*>(job.grad_output);
-  parallel_elements(parallel_for, numel, [&](int64_t part_begin, int64_t part_end) {
+  parallel_elements(parallel_for, numel, kArithmeticGrain, [&](int64_t part_begin, int64_t part_end) {
     std::vector<T> largest;
     for (int64_t begin = part_begin; begin < part_end; begin += kGradientChunk) {
       const int64_t end = std::min(begin + kGradientChunk, part_end);
@@ -321,7 +322,7 @@ void run(const AffineJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
   const JobConstants constants(kernels, job, parallel_for);
   const Store store = store_for(job.input, job.output, numel * element_size(job.dtype));
-  parallel_elements(parallel_for, numel, [&](int64_t begin, int64_t end) {
+  parallel_elements(parallel_for, numel, kGrain, [&](int64_t begin, int64_t end) {
     kernels.fake_quantize(job, constants.table(), store, begin, end);
   });
 }
@@ -341,7 +342,7 @@ void run(const ObserveJob& job, ParallelFor parallel_for) {
 void run(const StraightThroughJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
   const Store store = store_for(job.grad_output, job.grad_input, job.numel * job.element_size);
-  parallel_elements(parallel_for, job.numel,
+  parallel_elements(parallel_for, job.numel, kGrain,
                     [&](int64_t begin, int64_t end) { kernels.straight_through(job, store, begin, end); });
 }
 
@@ -365,7 +366,7 @@ void run(const DoReFaWeightJob& job, ParallelFor parallel_for) {
     store_weight_statistic<float>(job, parallel_for);
   }
   const Kernels& kernels = active_kernels();
-  parallel_elements(parallel_for, job.numel,
+  parallel_elements(parallel_for, job.numel, kArithmeticGrain,
                     [&](int64_t begin, int64_t end) { kernels.dorefa_weight(job, begin, end); });
 }
 
@@ -381,7 +382,7 @@ void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for) {
   const double largest = job.dtype == DType::kFloat64 ? *static_cast<const double*>(job.statistic)
                                                       : static_cast<double>(*static_cast<const float*>(job.statistic));
   const double through_largest = derivative_through_largest(sums.gradient_times_tanh, largest, sums.largest_elements);
-  parallel_elements(parallel_for, job.numel, [&](int64_t begin, int64_t end) {
+  parallel_elements(parallel_for, job.numel, kArithmeticGrain, [&](int64_t begin, int64_t end) {
     kernels.dorefa_weight_gradient(job, through_largest, begin, end);
   });
 }
@@ -389,7 +390,7 @@ void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for) {
 void run(const DoReFaActivationJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
   const Store store = store_for(job.input, job.output, job.numel * element_size(job.dtype));
-  parallel_elements(parallel_for, job.numel,
+  parallel_elements(parallel_for, job.numel, kGrain,
                     [&](int64_t begin, int64_t end) { kernels.dorefa_activation(job, store, begin, end); });
 }
 

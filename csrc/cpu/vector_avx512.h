@@ -330,9 +330,9 @@ class QuickLevels<F32> {
         offset_(_mm512_set1_ps(n * 0x1p15f + kBias)) {}
 
   QK_INLINE LaneBits quantize(F32 g, const uint32_t* words, F32& value) const {
-    const __m512 noise = _mm512_cvtepu32_ps(_mm512_loadu_si512(words));
-    const __m512 shifted = _mm512_fmadd_ps(noise, _mm512_set1_ps(0x1p-16f), offset_);
-    const __m512i fixed = _mm512_cvtps_epi32(_mm512_fmadd_ps(g.value, scale_, shifted));
+    const __m512i noise = _mm512_srli_epi32(_mm512_loadu_si512(words), 16);
+    const __m512i scaled = _mm512_cvtps_epi32(_mm512_fmadd_ps(g.value, scale_, offset_));
+    const __m512i fixed = _mm512_add_epi32(scaled, noise);
     value = {_mm512_permutexvar_ps(_mm512_srli_epi32(fixed, 16), values_)};
     return _mm512_testn_epi32_mask(fixed, _mm512_set1_epi32(0xffff & ~(2 * kBias - 1)));
   }

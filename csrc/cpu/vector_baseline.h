@@ -102,12 +102,12 @@ QK_INLINE void prefetch_vectors(const S*... p) {
 // Gradients of a sample to at most kMostLevels + 1 levels (numerics/dorefa.h) with few operations: an element's place
 // on the grid, n r, in fixed point with 16 binary digits after the point, and the level's value from a table.
 //
-// quantize() gives the value, and a lane's bit where that may be wrong. Let P be n r 2^16 in real numbers. The three
-// roundings to float and the one of `scale`, of numbers below 2^20, put `fixed` at most 1/8 from P + 2^15 + 2 before it
-// becomes an integer, 5/8 after. What numerics/dorefa.h computes, rint(n r), takes five roundings of numbers up to 1,
-// scaled by n <= 15, and is the level of some P' at most 1/2 from P. Where the lower 16 bits of `fixed` are 4 or more,
-// P + 2^15 is farther than 1 from a multiple of 2^16, so P and P' have one level: `fixed` without them, n at most.
-// The noise counts in all its 32 bits instead of 24: 2^-8.
+// quantize() gives the value, and a lane's bit where that may be wrong. Let P be n r 2^16 in real numbers. The product
+// with the rounded `scale` and the sum, of numbers below 2^20, are rounded by 3/32 at most, then to an integer by 1/2;
+// the noise, cut to 16 bits, lacks less than 1. So `fixed` lies between P + 2^15 + 3/8 and P + 2^15 + 21/8. What
+// numerics/dorefa.h computes, rint(n r), takes five roundings of numbers up to 1, scaled by n <= 15, and is the level
+// of some P' at most 1/2 from P. Where the lower 16 bits of `fixed` are 4 or more, P + 2^15 is farther than 1 from a
+// multiple of 2^16, so P and P' have one level: `fixed` without those bits, n at most.
 template <class V>
 struct QuickLevels {
   static constexpr float kMostLevels = 0;  // a tier without the lookup
