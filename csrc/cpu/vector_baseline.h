@@ -90,7 +90,7 @@ constexpr int kBlock = kBlockVectors * kLanes;
 // prefetcher loses track when a loop reads or writes the mask beside its input and output.
 template <int vectors, class... S>
 QK_INLINE void prefetch_vectors(const S*... p) {
-  constexpr int kDistance = 1024;  // bytes
+  constexpr int kDistance = 3072;  // bytes
   constexpr int kLine = 64;
   const auto prefetch = [](const auto* pointer) QK_INLINE_LAMBDA {
     const char* const ahead = reinterpret_cast<const char*>(pointer) + kDistance;
