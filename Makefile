@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev quantkernels/_C.so
 # The quick mode takes about two minutes; `make bench BENCH_ARGS=` measures the full grid, which takes about an hour.
 BENCH_ARGS ?= --quick
 bench: $(VENV)/.installed-bench quantkernels/_C.so
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # Registers, occupancy and 128-bit accesses of every CUDA kernel, as compiled; needs nvcc, no GPU.
 cuda-report: $(VENV)/.installed-dev

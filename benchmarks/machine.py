@@ -32,11 +32,13 @@ def cpu_model() -> str:
 
 def description(keeps_memory: bool) -> str:
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    kept = "kept" if keeps_memory else "unmapped or kept as the C library decides"
+    huge = "" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "not "
     lines = [
         f"processor     {cpu_model()}, {os.cpu_count()} cores{load} at the start",
         f"quantkernels  tier {cpu_tier()} of {', '.join(available_tiers())}",
         f"torch         {torch.__version__}, its CPU capability {torch.backends.cpu.get_cpu_capability()}",
-        f"heap          freed memory is {'kept' if keeps_memory else 'unmapped or kept as the C library decides'}",
+        f"heap          freed memory is {kept}; huge pages are {huge}asked for",
     ]
     if torch.cuda.is_available():
         lines.append(f"GPU           {torch.cuda.get_device_name()}")
