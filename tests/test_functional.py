@@ -280,14 +280,20 @@ def test_min_max_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dty
                 assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("position", [0, 15, 16, 40, 99])
-def test_min_max_finds_a_nan_anywhere_and_no_other(position: int) -> None:
-    x = torch.randn(100)
-    x[position] = math.nan
-    assert all(bool(v.isnan()) for v in functional.min_max(x))
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("position", [0, 15, 16, 40, 511, 999])
+def test_min_max_finds_a_nan_anywhere_and_no_other(position: int, dtype: torch.dtype) -> None:
+    x = torch.randn(1000).to(dtype)
+    by_column = x.view(-1, 2)  # two channels, side by side
+    for nan in (math.nan, -math.nan):
+        x[position] = nan
+        assert all(bool(v.isnan()) for v in functional.min_max(x))
+        for extremum in functional.min_max(by_column, 1):
+            assert extremum.isnan().tolist() == [position % 2 == 0, position % 2 == 1]
     x[position] = math.inf
-    x[(position + 16) % 100] = -math.inf
+    x[(position + 16) % 1000] = -math.inf
     assert [v.item() for v in functional.min_max(x)] == [-math.inf, math.inf]
+    assert [v.tolist()[position % 2] for v in functional.min_max(by_column, 1)] == [-math.inf, math.inf]
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

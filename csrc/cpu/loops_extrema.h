@@ -19,42 +19,86 @@ using cpu::ExtremaPart;
 template <size_t bytes>
 using SignedBits = std::conditional_t<bytes == 8, int64_t, std::conditional_t<bytes == 4, int32_t, int16_t>>;
 
-// Lanewise running extrema; two chains of each hide the latency of the comparison.
+template <class S>
+using BitsOf = SignedBits<sizeof(S)>;
+template <class S>
+QK_INLINE BitsOf<S> bits_at(const S* p) {
+  BitsOf<S> bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+template <class S>
+QK_INLINE typename ComputeType<S>::type number_of(BitsOf<S> bits) {
+  S number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return to_float(number);
+}
+
+// Loops below keep this many running results apart, which hides the latency of one. They are on integers, in the order
+// of the numbers and with NaN beyond the infinities, so that they need no conversion and no comparison for NaN, and
+// compilers vectorise them.
+template <class Bits>
+constexpr int kRunning = 256 / sizeof(Bits);
+
+// Integers in the order of the numbers: negative ones count backwards. Its own inverse.
+template <class Bits>
+QK_INLINE Bits order_of(Bits bits) {
+  return static_cast<Bits>(bits ^ ((bits >> (8 * sizeof(Bits) - 1)) & std::numeric_limits<Bits>::max()));
+}
+
+// Extrema in that order.
+template <class S>
+struct OrderedExtrema {
+  using T = typename ComputeType<S>::type;
+  using Bits = BitsOf<S>;
+
+  Bits min, max;
+
+  static QK_INLINE OrderedExtrema empty() {
+    const S infinity = round_to<S, T>(std::numeric_limits<T>::infinity());
+    const S minus_infinity = round_to<S, T>(-std::numeric_limits<T>::infinity());
+    return {order_of(bits_at(&infinity)), order_of(bits_at(&minus_infinity))};
+  }
+  QK_INLINE void combine(Bits other_min, Bits other_max) {
+    min = other_min < min ? other_min : min;
+    max = other_max > max ? other_max : max;
+  }
+  // A NaN is the minimum or the maximum of the order, and then both.
+  QK_INLINE Extrema<T> numbers() const {
+    const Extrema<T> ordered = {number_of<S>(order_of(min)), number_of<S>(order_of(max))};
+    Extrema<T> result = ordered;
+    result.combine(ordered.max != ordered.max ? ordered.max : ordered.min,
+                   ordered.min != ordered.min ? ordered.min : ordered.max);
+    return result;
+  }
+};
+
 template <class S>
 Extrema<typename ComputeType<S>::type> extrema_of_run(const S* x, int64_t n) {
-  using T = typename ComputeType<S>::type;
-  using V = Vector<T>;
-  const V infinity = V::broadcast(std::numeric_limits<T>::infinity());
-  const V minus_infinity = V::broadcast(-std::numeric_limits<T>::infinity());
-  V min_a = infinity, min_b = infinity, max_a = minus_infinity, max_b = minus_infinity;
-  LaneBits nan = 0;
-  const auto take = [&](const S* from) QK_INLINE_LAMBDA {
-    const V a = V::load(from);
-    const V b = V::load(from + kLanes);
-    min_a = minimum(a, min_a);
-    max_a = maximum(a, max_a);
-    min_b = minimum(b, min_b);
-    max_b = maximum(b, max_b);
-    nan |= unordered(a + b);
-  };
+  using Ordered = OrderedExtrema<S>;
+  using Bits = typename Ordered::Bits;
+  constexpr int kApart = kRunning<Bits>;
+  Ordered result = Ordered::empty();
   int64_t i = 0;
-  for (; kIsInRegisters<T> && i + kBlock <= n; i += kBlock) {
-    prefetch_vectors<kBlockVectors>(x + i);
-    take(x + i);
-    take(x + i + 2 * kLanes);
+  if (n >= kApart) {
+    Bits min[kApart], max[kApart];
+    std::fill_n(min, kApart, result.min);
+    std::fill_n(max, kApart, result.max);
+    for (; i + kApart <= n; i += kApart) {
+      prefetch_vectors<kApart / kLanes>(x + i);
+      for (int j = 0; j < kApart; ++j) {
+        const Bits order = order_of(bits_at(x + i + j));
+        min[j] = order < min[j] ? order : min[j];
+        max[j] = order > max[j] ? order : max[j];
+      }
+    }
+    for (int j = 0; j < kApart; ++j) result.combine(min[j], max[j]);
   }
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) take(x + i);
-  T lane_min[kLanes], lane_max[kLanes];
-  minimum(min_a, min_b).store(lane_min);
-  maximum(max_a, max_b).store(lane_max);
-  // a + b is NaN for opposite infinities too, so the flag only asks for a closer look.
-  Extrema<T> result = Extrema<T>::empty();
-  for (int lane = 0; lane < kLanes; ++lane) result.combine(lane_min[lane], lane_max[lane]);
-  for (int64_t j = nan != 0 ? 0 : i; j < n; ++j) {
-    const T value = to_float(x[j]);
-    result.combine(value, value);
+  for (; i < n; ++i) {
+    const Bits order = order_of(bits_at(x + i));
+    result.combine(order, order);
   }
-  return result;
+  return result.numbers();
 }
 
 template <class S, class T>
@@ -71,61 +115,50 @@ void extrema_by_segment(const ExtremaPart& job, T* min, T* max) {
 // Short segments: column by column over the rows of channels * inner elements, then the columns of a channel together.
 template <class S, class T>
 void extrema_by_column(const ExtremaPart& job, T* min, T* max) {
-  using V = Vector<T>;
+  using Ordered = OrderedExtrema<S>;
+  using Bits = typename Ordered::Bits;
   const S* x = static_cast<const S*>(job.input);
   const int64_t columns = job.view.channels * job.view.inner;
-  const size_t padded = static_cast<size_t>((columns + kLanes - 1) / kLanes * kLanes);
-  std::vector<T> column_min(padded, std::numeric_limits<T>::infinity());
-  std::vector<T> column_max(padded, -std::numeric_limits<T>::infinity());
-  std::vector<LaneBits> nan(padded / kLanes, 0);
+  const Ordered empty = Ordered::empty();
+  std::vector<Bits> column_min(static_cast<size_t>(columns), empty.min);
+  std::vector<Bits> column_max(static_cast<size_t>(columns), empty.max);
   for (int64_t o = 0; o < job.view.outer; ++o) {
-    const S* row = x + o * job.outer_stride;
-    int64_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes) {
-      const V value = V::load(row + j);
-      minimum(value, V::load(&column_min[j])).store(&column_min[j]);
-      maximum(value, V::load(&column_max[j])).store(&column_max[j]);
-      nan[static_cast<size_t>(j / kLanes)] |= unordered(value);
-    }
-    for (; j < columns; ++j) {
-      const T value = to_float(row[j]);
-      combine_into(column_min[j], column_max[j], value, value);
+    const S* const row = x + o * job.outer_stride;
+    Bits* const least = column_min.data();
+    Bits* const most = column_max.data();
+    for (int64_t j = 0; j < columns; ++j) {
+      const Bits order = order_of(bits_at(row + j));
+      least[j] = order < least[j] ? order : least[j];
+      most[j] = order > most[j] ? order : most[j];
     }
   }
   for (int64_t j = 0; j < columns; ++j) {
-    const int64_t c = j / job.view.inner;
-    const bool is_nan = (nan[static_cast<size_t>(j / kLanes)] >> (j % kLanes) & 1) != 0;
-    const T none = std::numeric_limits<T>::quiet_NaN();
-    combine_into(min[c], max[c], is_nan ? none : column_min[j], is_nan ? none : column_max[j]);
+    const size_t column = static_cast<size_t>(j);
+    const Extrema<T> numbers = Ordered{column_min[column], column_max[column]}.numbers();
+    combine_into(min[j / job.view.inner], max[j / job.view.inner], numbers.min, numbers.max);
   }
 }
 
-// max|x|. Magnitudes are in the order of their bits, with NaN above all, so that integers will do, without a
-// conversion: compilers vectorise this loop.
+// max|x|: without the sign the bits themselves are in order.
 template <class S>
-S largest_magnitude_of_run(const S* x, int64_t n) {
-  using Bits = SignedBits<sizeof(S)>;
-  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
-  constexpr int kRunning = 256 / sizeof(Bits);  // maxima apart, as many as hide the latency of one
+typename ComputeType<S>::type largest_magnitude_of_run(const S* x, int64_t n) {
+  using Bits = BitsOf<S>;
+  constexpr int kApart = kRunning<Bits>;
   const auto larger = [](Bits a, Bits b) { return a > b ? a : b; };
-  const auto magnitude = [&](int64_t i) QK_INLINE_LAMBDA {
-    Bits bits;
-    std::memcpy(&bits, x + i, sizeof(bits));
-    return static_cast<Bits>(bits & kMagnitude);
+  const auto magnitude_at = [](const S* p) QK_INLINE_LAMBDA {
+    return static_cast<Bits>(bits_at(p) & std::numeric_limits<Bits>::max());
   };
   Bits largest = 0;
   int64_t i = 0;
-  if (n >= kRunning) {
-    Bits running[kRunning] = {};
-    for (; i + kRunning <= n; i += kRunning) {
-      for (int j = 0; j < kRunning; ++j) running[j] = larger(magnitude(i + j), running[j]);
+  if (n >= kApart) {
+    Bits running[kApart] = {};
+    for (; i + kApart <= n; i += kApart) {
+      for (int j = 0; j < kApart; ++j) running[j] = larger(magnitude_at(x + i + j), running[j]);
     }
     for (const Bits bits : running) largest = larger(bits, largest);
   }
-  for (; i < n; ++i) largest = larger(magnitude(i), largest);
-  S result;
-  std::memcpy(&result, &largest, sizeof(result));
-  return result;
+  for (; i < n; ++i) largest = larger(magnitude_at(x + i), largest);
+  return number_of<S>(largest);
 }
 
 inline void largest_magnitudes(DType dtype, const void* input, int64_t runs, int64_t length, void* largest) {
@@ -134,7 +167,7 @@ inline void largest_magnitudes(DType dtype, const void* input, int64_t runs, int
     using T = typename ComputeType<S>::type;
     const S* x = static_cast<const S*>(input);
     for (int64_t r = 0; r < runs; ++r) {
-      static_cast<T*>(largest)[r] = to_float(largest_magnitude_of_run(x + r * length, length));
+      static_cast<T*>(largest)[r] = largest_magnitude_of_run(x + r * length, length);
     }
   });
 }

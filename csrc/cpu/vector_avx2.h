@@ -133,9 +133,6 @@ QK_INLINE LaneBits inclusively_between(F32 x, F32 low, F32 high) {
       _mm256_and_ps(_mm256_cmp_ps(x.low, low.low, _CMP_GE_OQ), _mm256_cmp_ps(x.low, high.low, _CMP_LE_OQ)),
       _mm256_and_ps(_mm256_cmp_ps(x.high, low.high, _CMP_GE_OQ), _mm256_cmp_ps(x.high, high.high, _CMP_LE_OQ)));
 }
-QK_INLINE LaneBits unordered(F32 x) {
-  return lane_bits(_mm256_cmp_ps(x.low, x.low, _CMP_UNORD_Q), _mm256_cmp_ps(x.high, x.high, _CMP_UNORD_Q));
-}
 
 template <Store store>
 QK_INLINE void put_bits(__m256i value, void* p) {
@@ -249,7 +246,6 @@ QK_INLINE LaneBits strictly_between(F64 x, F64 low, F64 high) { return between<_
 QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
   return between<_CMP_GE_OQ, _CMP_LE_OQ>(x, low, high);
 }
-QK_INLINE LaneBits unordered(F64 x) { return between<_CMP_UNORD_Q, _CMP_UNORD_Q>(x, x, x); }
 
 // Sums per lane are kept in float64.
 template <>

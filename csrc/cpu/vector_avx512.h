@@ -92,7 +92,6 @@ QK_INLINE LaneBits inclusively_between(F32 x, F32 low, F32 high) {
   const __mmask16 above = _mm512_cmp_ps_mask(x.value, low.value, _CMP_GE_OQ);
   return _mm512_mask_cmp_ps_mask(above, x.value, high.value, _CMP_LE_OQ);
 }
-QK_INLINE LaneBits unordered(F32 x) { return _mm512_cmp_ps_mask(x.value, x.value, _CMP_UNORD_Q); }
 
 template <Store store>
 QK_INLINE void put_bits(__m512i value, void* p) {
@@ -233,9 +232,6 @@ QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
   return lane_bits(
       _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.low, low.low, _CMP_GE_OQ), x.low, high.low, _CMP_LE_OQ),
       _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.high, low.high, _CMP_GE_OQ), x.high, high.high, _CMP_LE_OQ));
-}
-QK_INLINE LaneBits unordered(F64 x) {
-  return lane_bits(_mm512_cmp_pd_mask(x.low, x.low, _CMP_UNORD_Q), _mm512_cmp_pd_mask(x.high, x.high, _CMP_UNORD_Q));
 }
 
 // Sums per lane are kept in float64.

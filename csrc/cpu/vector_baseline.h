@@ -180,15 +180,6 @@ template <class T>
 QK_INLINE Lanes<T> absolute(Lanes<T> x) {
   QK_LANEWISE(x.lane[i] < T(0) ? -x.lane[i] : x.lane[i]);
 }
-// A NaN in x leaves the accumulator as it is; unordered() reports it.
-template <class T>
-QK_INLINE Lanes<T> minimum(Lanes<T> x, Lanes<T> accumulator) {
-  QK_LANEWISE(x.lane[i] < accumulator.lane[i] ? x.lane[i] : accumulator.lane[i]);
-}
-template <class T>
-QK_INLINE Lanes<T> maximum(Lanes<T> x, Lanes<T> accumulator) {
-  QK_LANEWISE(x.lane[i] > accumulator.lane[i] ? x.lane[i] : accumulator.lane[i]);
-}
 template <class T>
 QK_INLINE Lanes<T> select_less(Lanes<T> x, Lanes<T> bound, Lanes<T> below, Lanes<T> above) {
   QK_LANEWISE(x.lane[i] < bound.lane[i] ? below.lane[i] : above.lane[i]);
@@ -241,12 +232,6 @@ QK_INLINE LaneBits inclusively_between(Lanes<T> x, Lanes<T> low, Lanes<T> high) 
   LaneBits bits = 0;
   for (int i = 0; i < kLanes; ++i)
     bits |= static_cast<LaneBits>((x.lane[i] >= low.lane[i]) & (x.lane[i] <= high.lane[i])) << i;
-  return bits;
-}
-template <class T>
-QK_INLINE LaneBits unordered(Lanes<T> x) {
-  LaneBits bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<LaneBits>(x.lane[i] != x.lane[i]) << i;
   return bits;
 }
 // Lane i where bit i is set, zero elsewhere; on raw bits, so that it serves every dtype of the size and keeps NaNs.
