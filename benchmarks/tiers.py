@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,10 @@ def _digests() -> dict[str, str]:
     return digests
 
 
+# The threads of the process that has just been asked wait for more work, on this one's cores, before they sleep.
+_PAUSE = 0.03
+
+
 class _Answers:
     """The worker's side: the requests by name."""
 
@@ -171,6 +176,9 @@ class _Answers:
     def sample(self) -> dict[str, float]:
         assert self._case is not None
         runs = self._case.candidates
+        time.sleep(_PAUSE)
+        for name in self._repetitions:
+            runs[name].run()
         return {name: take_sample(runs[name].run, count) for name, count in self._repetitions.items()}
 
     def digest(self, threads: int) -> dict[str, str]:
