@@ -63,7 +63,7 @@ QK_INLINE double sum_of_lanes(const Sums& sums) {
 template <class S>
 double magnitude_sum_typed(const S* x, int64_t begin, int64_t end) {
   using V = Vector<typename ComputeType<S>::type>;
-  typename SumsOf<V>::type sums = SumsOf<V>::type::broadcast(0);
+  Vector<double> sums = Vector<double>::broadcast(0);
   const V one = V::broadcast(1);
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) sums = add_products(sums, absolute(V::load(x + i)), one);
@@ -118,7 +118,7 @@ cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& jo
   const S* w = static_cast<const S*>(job.weight);
   S* kept = static_cast<S*>(job.grad_input);
   const V largest = V::broadcast(*static_cast<const T*>(job.statistic));
-  typename SumsOf<V>::type product = SumsOf<V>::type::broadcast(0);
+  Vector<double> product = Vector<double>::broadcast(0);
   int64_t count = 0;
   const auto add = [&](V gradient, V t, int64_t valid) QK_INLINE_LAMBDA {
     const LaneBits bits = inclusively_between(absolute(t), largest, largest);

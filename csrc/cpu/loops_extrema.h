@@ -65,11 +65,9 @@ struct OrderedExtrema {
   }
   // A NaN is the minimum or the maximum of the order, and then both.
   QK_INLINE Extrema<T> numbers() const {
-    const Extrema<T> ordered = {number_of<S>(order_of(min)), number_of<S>(order_of(max))};
-    Extrema<T> result = ordered;
-    result.combine(ordered.max != ordered.max ? ordered.max : ordered.min,
-                   ordered.min != ordered.min ? ordered.min : ordered.max);
-    return result;
+    const T least = number_of<S>(order_of(min));
+    const T most = number_of<S>(order_of(max));
+    return {most != most ? most : least, least != least ? least : most};
   }
 };
 

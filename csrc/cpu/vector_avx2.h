@@ -248,14 +248,6 @@ QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
 }
 
 // Sums per lane are kept in float64.
-template <>
-struct SumsOf<F32> {
-  using type = F64;
-};
-template <>
-struct SumsOf<F64> {
-  using type = F64;
-};
 // The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
 QK_INLINE __m256d add_products(__m256d sum, __m128 a, __m128 b) {
   return _mm256_fmadd_pd(_mm256_cvtps_pd(a), _mm256_cvtps_pd(b), sum);

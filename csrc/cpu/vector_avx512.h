@@ -7,6 +7,13 @@
 
 QK_NAMESPACE_BEGIN
 
+// Rounded to bfloat16, to nearest and ties to even, in the upper halves; wrong for a NaN with bits in the lower half.
+QK_INLINE __m512i round_to_upper_halves(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+
 struct F32 {
   __m512 value;
 
@@ -33,11 +40,8 @@ struct F32 {
  private:
   QK_INLINE __m256i narrow(Half) const { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
   QK_INLINE __m256i narrow(BFloat16) const {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i upper = _mm512_srli_epi32(bits, 16);
-    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(value), 16);
+    const __m512i rounded = _mm512_srli_epi32(round_to_upper_halves(value), 16);
     const __m512i nan = _mm512_or_si512(_mm512_and_si512(upper, _mm512_set1_epi32(0x8000)), _mm512_set1_epi32(0x7fc0));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, nan));
@@ -130,7 +134,7 @@ struct BFloat16Pairs {
   static QK_INLINE BFloat16Pairs load(const BFloat16* p) {
     const __m512i bits = _mm512_loadu_si512(p);
     return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))},
-            {_mm512_castsi512_ps(_mm512_and_si512(bits, upper_halves()))}};
+            {_mm512_castsi512_ps(_mm512_and_si512(bits, in_upper_halves()))}};
   }
   QK_INLINE void store(BFloat16* p) const { _mm512_storeu_si512(p, narrow()); }
   QK_INLINE void stream(BFloat16* p) const {
@@ -140,17 +144,11 @@ struct BFloat16Pairs {
   }
 
  private:
-  static QK_INLINE __m512i upper_halves() { return _mm512_set1_epi32(static_cast<int>(0xffff0000)); }
-  // To nearest, ties to even, in the upper half.
-  static QK_INLINE __m512i rounded(F32 x) {
-    const __m512i bits = _mm512_castps_si512(x.value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  }
+  static QK_INLINE __m512i in_upper_halves() { return _mm512_set1_epi32(static_cast<int>(0xffff0000)); }
   QK_INLINE __m512i narrow() const {
     constexpr int kSecondWhereThird = 0xd8;
-    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(rounded(even), 16), rounded(odd), upper_halves(),
-                                     kSecondWhereThird);
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(round_to_upper_halves(even.value), 16),
+                                     round_to_upper_halves(odd.value), in_upper_halves(), kSecondWhereThird);
   }
 };
 template <>
@@ -235,14 +233,6 @@ QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
 }
 
 // Sums per lane are kept in float64.
-template <>
-struct SumsOf<F32> {
-  using type = F64;
-};
-template <>
-struct SumsOf<F64> {
-  using type = F64;
-};
 // The product of two floats is exact in float64, so that fusing it into the sum changes nothing.
 QK_INLINE __m512d add_products(__m512d sum, __m256 a, __m256 b) {
   return _mm512_fmadd_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b), sum);

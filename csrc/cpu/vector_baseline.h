@@ -207,11 +207,6 @@ template <class T>
 QK_INLINE Lanes<T> offset_bits(Lanes<T> x, int count) {
   QK_LANEWISE(offset_bits(x.lane[i], count));
 }
-// The vector that holds a sum per lane in float64; a tier specialises it for its own vectors.
-template <class V>
-struct SumsOf {
-  using type = Lanes<double>;
-};
 // sums + a * b, where the product of two floats is exact.
 template <class T>
 QK_INLINE Lanes<double> add_products(Lanes<double> sums, const Lanes<T>& a, const Lanes<T>& b) {
