@@ -5,6 +5,7 @@
 #include "loops_affine.h"
 #include "loops_dorefa.h"
 #include "loops_extrema.h"
+#include "loops_gradient.h"
 
 QK_NAMESPACE_BEGIN
 
