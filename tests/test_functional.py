@@ -59,8 +59,12 @@ def test_fake_quantize_layouts(layout: cases.Layout, bounds: Any, dtype: torch.d
     assert y.is_contiguous(memory_format=layout.result)
 
 
+# More channels than the kernels' tables hold on a page, and rows that end on any place of one.
+MANY_CHANNELS = (((70, 1024), 1), ((40, 1100), 1), ((3, 2049), 1), ((5, 700, 3), 1), ((2, 1500, 20), 1), ((1100, 7), 0))
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), cases.CHANNEL_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [*cases.CHANNEL_SHAPES, *MANY_CHANNELS], ids=str)
 def test_fake_quantize_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     scale, zero_point = cases.channel_parameters(shape[axis], -8, 7)
     for memory_format in cases.channels_last_variants(shape):

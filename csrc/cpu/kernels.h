@@ -9,6 +9,10 @@ namespace qk::cpu {
 // Elements of a vector, on every tier.
 constexpr int kLanes = 16;
 
+// Loops advance by blocks of four vectors: that many are in flight, and share a word of the mask.
+constexpr int kBlockVectors = 4;
+constexpr int kBlock = kBlockVectors * kLanes;
+
 // A part of an elementwise job begins at a multiple of this many elements, on a byte of the mask.
 constexpr int64_t kPartAlignment = 128;
 
@@ -18,17 +22,33 @@ enum class Store { kCached, kStreamed };
 
 // The constants of a job's channels (numerics/affine.h), computed once for all its parts. An entry is a channel, or
 // with an inner size below a vector an element of a row of channels * inner, so that a vector loads the constants of
-// its lanes; the first entries are then repeated at the end.
+// its lanes.
+//
+// Entries lie in pages of kEntries: what a loop loads at one place in it is then at constant distances. A page goes on
+// with the first entries of the next one, and the last with those of the first, for a block of vectors that begins on
+// one page and ends on the next. All of a page is counted in slots.
 struct AffineTable {
-  void* rows;      // [7, length] of the compute type: the members of AffineConstants
-  uint8_t* modes;  // [length]: AffineMode
-  int64_t length;  // a multiple of kLanes; 1 for a single channel
+  static constexpr int64_t kConstants = 7;  // the members of AffineConstants
+  static constexpr int64_t kEntries = 1024;
+  static constexpr int64_t kSlots = kEntries + kBlock;
+
+  void*
+      constants;   // [pages, kConstants, kSlots] of the compute type, on cache lines; [kConstants] for a single channel
+  uint8_t* modes;  // [slots]: AffineMode
+  int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel
 
   static bool has_entry_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
-  static int64_t length_for(const ChannelView& view) {
+  static int64_t pages(int64_t slots) { return (slots + kSlots - 1) / kSlots; }
+  static int64_t slot(int64_t entry) { return entry / kEntries * kSlots + entry % kEntries; }
+  // Of a slot that is not past the end of a page's own entries, the entry; else one that has the same constants but for
+  // multiples of all entries.
+  static int64_t entry(int64_t slot) { return slot / kSlots * kEntries + slot % kSlots; }
+  static int64_t slots_for(const ChannelView& view) {
     if (view.channels == 1) return 1;
-    const int64_t entries = has_entry_per_element(view) ? view.channels * view.inner + kLanes : view.channels;
-    return (entries + kLanes - 1) / kLanes * kLanes;
+    const bool per_element = has_entry_per_element(view);
+    const int64_t entries = view.channels * (per_element ? view.inner : 1);
+    const int64_t slots = slot(entries - 1) + 1 + (per_element ? kBlock : 0);
+    return (slots + kLanes - 1) / kLanes * kLanes;
   }
 };
 
@@ -64,7 +84,7 @@ constexpr int64_t kGradientChunk = 1 << 16;
 
 struct Kernels {
   const char* name;
-  // The entries [begin, end) of the table; `begin` is a multiple of kLanes.
+  // The slots [begin, end) of the table; `begin` is a multiple of kLanes.
   void (*affine_table)(const AffineJob&, const AffineTable&, int64_t begin, int64_t end);
   void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, int64_t begin, int64_t end);
   void (*straight_through)(const StraightThroughJob&, Store, int64_t begin, int64_t end);

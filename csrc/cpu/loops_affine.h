@@ -81,54 +81,61 @@ void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const Affi
   }
 }
 
-// A job's table of constants, read and written with its types.
+// A page of a table of constants, or the single channel's, read and written with its types.
 template <class T>
-class TableRows {
+class TablePage {
  public:
-  explicit TableRows(const AffineTable& table)
-      : row_(static_cast<T*>(table.rows)), modes_(table.modes), length_(table.length) {}
+  TablePage(const AffineTable& table, int64_t page)
+      : constants_(static_cast<T*>(table.constants) + page * AffineTable::kConstants * AffineTable::kSlots),
+        modes_(table.modes + page * AffineTable::kSlots),
+        distance_(table.slots == 1 ? 1 : AffineTable::kSlots) {}
 
-  bool has(AffineMode mode) const {
-    return std::memchr(modes_, static_cast<int>(mode), static_cast<size_t>(length_)) != nullptr;
+  AffineGrid<T> grid(int64_t slot) const {
+    const T* c = constants_ + slot;
+    const int64_t d = distance_;
+    return {{c[0], c[d], c[2 * d], c[3 * d], c[4 * d], c[5 * d], c[6 * d]}, static_cast<AffineMode>(modes_[slot])};
   }
-  AffineGrid<T> grid(int64_t entry) const {
-    const T* r = row_ + entry;
-    return {{r[0], r[length_], r[2 * length_], r[3 * length_], r[4 * length_], r[5 * length_], r[6 * length_]},
-            static_cast<AffineMode>(modes_[entry])};
-  }
-  void set(int64_t entry, const AffineGrid<T>& grid) {
-    modes_[entry] = static_cast<uint8_t>(grid.mode);
+  void set(int64_t slot, const AffineGrid<T>& grid) {
+    modes_[slot] = static_cast<uint8_t>(grid.mode);
     const AffineConstants<T>& c = grid.constants;
     const T values[] = {c.scale, c.inverse_high, c.inverse_low, c.clamp_low, c.clamp_high, c.pass_low, c.pass_high};
-    for (int64_t r = 0; r < 7; ++r) row_[r * length_ + entry] = values[r];
+    for (int64_t i = 0; i < AffineTable::kConstants; ++i) constants_[i * distance_ + slot] = values[i];
   }
-  QK_INLINE AffineConstants<Vector<T>> load(int64_t entry) const {
+  // Of kLanes slots.
+  QK_INLINE AffineConstants<Vector<T>> load(int64_t slot) const {
     using V = Vector<T>;
-    const T* r = row_ + entry;
-    return {V::load(r),
-            V::load(r + length_),
-            V::load(r + 2 * length_),
-            V::load(r + 3 * length_),
-            V::load(r + 4 * length_),
-            V::load(r + 5 * length_),
-            V::load(r + 6 * length_)};
+    constexpr int64_t d = AffineTable::kSlots;
+    const T* c = constants_ + slot;
+    return {V::load(c),         V::load(c + d),     V::load(c + 2 * d), V::load(c + 3 * d),
+            V::load(c + 4 * d), V::load(c + 5 * d), V::load(c + 6 * d)};
   }
-  QK_INLINE void store(int64_t entry, const AffineConstants<Vector<T>>& c) {
-    T* r = row_ + entry;
-    c.scale.store(r);
-    c.inverse_high.store(r + length_);
-    c.inverse_low.store(r + 2 * length_);
-    c.clamp_low.store(r + 3 * length_);
-    c.clamp_high.store(r + 4 * length_);
-    c.pass_low.store(r + 5 * length_);
-    c.pass_high.store(r + 6 * length_);
+  QK_INLINE void store(int64_t slot, const AffineConstants<Vector<T>>& values, const uint8_t (&modes)[kLanes]) {
+    constexpr int64_t d = AffineTable::kSlots;
+    T* c = constants_ + slot;
+    values.scale.store(c);
+    values.inverse_high.store(c + d);
+    values.inverse_low.store(c + 2 * d);
+    values.clamp_low.store(c + 3 * d);
+    values.clamp_high.store(c + 4 * d);
+    values.pass_low.store(c + 5 * d);
+    values.pass_high.store(c + 6 * d);
+    std::memcpy(modes_ + slot, modes, sizeof(modes));
   }
 
  private:
-  T* row_;
+  T* constants_;
   uint8_t* modes_;
-  int64_t length_;
+  int64_t distance_;
 };
+
+template <class T>
+AffineGrid<T> table_grid(const AffineTable& table, int64_t entry) {
+  return TablePage<T>(table, entry / AffineTable::kEntries).grid(entry % AffineTable::kEntries);
+}
+
+inline bool table_has(const AffineTable& table, AffineMode mode) {
+  return std::memchr(table.modes, static_cast<int>(mode), static_cast<size_t>(table.slots)) != nullptr;
+}
 
 // The division in place of the reciprocal where that would be slow.
 template <class T>
@@ -136,44 +143,81 @@ AffineMode tier_mode(AffineMode mode) {
   return !kHasFusedMultiplyAdd<T> && mode == AffineMode::kReciprocal ? AffineMode::kDivide : mode;
 }
 
+// The channels of a table's entries in order, a vector at a time.
+class ChannelsOfEntries {
+ public:
+  ChannelsOfEntries(const ChannelView& view, int64_t entry)
+      : channels_(view.channels),
+        repeats_(AffineTable::has_entry_per_element(view) ? view.inner : 1),
+        channel_(entry / repeats_ % channels_),
+        repeat_(entry % repeats_) {}
+
+  QK_INLINE void next(int64_t (&channel)[kLanes]) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      channel[lane] = channel_;
+      if (++repeat_ < repeats_) continue;
+      repeat_ = 0;
+      channel_ = channel_ + 1 == channels_ ? 0 : channel_ + 1;
+    }
+  }
+
+ private:
+  int64_t channels_, repeats_, channel_, repeat_;
+};
+
+// The constants of kLanes slots, which belong to these channels.
 template <class T>
-void affine_table_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
-  TableRows<T> rows(table);
-  if (table.length == 1) {
-    AffineGrid<T> grid = channel_grid<T>(job, 0);
-    grid.mode = tier_mode<T>(grid.mode);
-    return rows.set(0, grid);
+QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes], TablePage<T>& page, int64_t slot) {
+  float scale[kLanes];
+  int32_t zero_point[kLanes];
+  if (channel[kLanes - 1] == channel[0] + kLanes - 1) {  // consecutive: the loops become vectors
+    std::copy_n(job.scale + channel[0], kLanes, scale);
+    std::copy_n(job.zero_point + channel[0], kLanes, zero_point);
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      scale[lane] = job.scale[channel[lane]];
+      zero_point[lane] = job.zero_point[channel[lane]];
+    }
+  }
+  T level_min[kLanes], level_max[kLanes];
+  uint8_t modes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int32_t least = job.quant_min - zero_point[lane];
+    const int32_t most = job.quant_max - zero_point[lane];
+    level_min[lane] = static_cast<T>(least);
+    level_max[lane] = static_cast<T>(most);
+    modes[lane] = static_cast<uint8_t>(tier_mode<T>(affine_mode<T>(scale[lane], least, most)));
   }
   using V = Vector<T>;
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
-  const int64_t repeats = AffineTable::has_entry_per_element(job.view) ? job.view.inner : 1;
-  int64_t channel = begin / repeats % job.view.channels;
-  int64_t repeat = begin % repeats;
-  for (int64_t entry = begin; entry < end; entry += kLanes) {
-    T scale[kLanes], level_min[kLanes], level_max[kLanes];
-    LaneBits pass_through = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t least = int64_t{job.quant_min} - job.zero_point[channel];
-      const int64_t most = int64_t{job.quant_max} - job.zero_point[channel];
-      const bool passes = passes_through(job, channel);
-      scale[lane] = static_cast<T>(job.scale[channel]);
-      level_min[lane] = static_cast<T>(least);
-      level_max[lane] = static_cast<T>(most);
-      pass_through |= static_cast<LaneBits>(passes) << lane;
-      const AffineMode mode =
-          passes ? AffineMode::kPassThrough : tier_mode<T>(affine_mode<T>(job.scale[channel], least, most));
-      table.modes[entry + lane] = static_cast<uint8_t>(mode);
-      if (++repeat == repeats) {
-        repeat = 0;
-        channel = channel + 1 == job.view.channels ? 0 : channel + 1;
-      }
-    }
-    rows.store(entry, make_constants(V::load(scale), V::load(level_min), V::load(level_max), V::broadcast(low),
-                                     V::broadcast(high)));
-    for (int lane = 0; pass_through >> lane != 0; ++lane) {
-      if ((pass_through >> lane & 1) == 0) continue;
-      rows.set(entry + lane, {make_pass_through(low, high), AffineMode::kPassThrough});
+  page.store(
+      slot,
+      make_constants(V::load(scale), V::load(level_min), V::load(level_max), V::broadcast(low), V::broadcast(high)),
+      modes);
+  if (job.range == nullptr && job.step == nullptr) return;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!passes_through(job, channel[lane])) continue;
+    page.set(slot + lane, {make_pass_through(low, high), AffineMode::kPassThrough});
+  }
+}
+
+template <class T>
+void affine_table_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
+  if (table.slots == 1) {
+    AffineGrid<T> grid = channel_grid<T>(job, 0);
+    grid.mode = tier_mode<T>(grid.mode);
+    TablePage<T>(table, 0).set(0, grid);
+    return;
+  }
+  for (int64_t slot = begin; slot < end;) {
+    const int64_t page_begin = slot / AffineTable::kSlots * AffineTable::kSlots;
+    TablePage<T> page(table, slot / AffineTable::kSlots);
+    ChannelsOfEntries channels(job.view, AffineTable::entry(slot));
+    for (const int64_t page_end = std::min(end, page_begin + AffineTable::kSlots); slot < page_end; slot += kLanes) {
+      int64_t channel[kLanes];
+      channels.next(channel);
+      set_slots<T>(job, channel, page, slot - page_begin);
     }
   }
 }
@@ -194,14 +238,14 @@ class SegmentWalk {
         y_(static_cast<S*>(job.output)),
         mask_(job.mask),
         view_(job.view),
-        rows_(table),
+        table_(table),
         entries_per_channel_(AffineTable::has_entry_per_element(job.view) ? job.view.inner : 1),
         position_(begin),
         end_(end) {
     const int64_t segment = begin / view_.inner;
     segment_end_ = (segment + 1) * view_.inner;
     channel_ = segment % view_.channels;
-    grid_ = rows_.grid(channel_ * entries_per_channel_);
+    grid_ = table_grid<T>(table_, channel_ * entries_per_channel_);
   }
 
   void run() {
@@ -227,7 +271,7 @@ class SegmentWalk {
   void next_segment() {
     segment_end_ += view_.inner;
     channel_ = channel_ + 1 == view_.channels ? 0 : channel_ + 1;
-    grid_ = rows_.grid(channel_ * entries_per_channel_);
+    grid_ = table_grid<T>(table_, channel_ * entries_per_channel_);
   }
 
   // One vector that crosses a segment's end or the tensor's: computed once per channel in it, each keeps its lanes.
@@ -254,104 +298,75 @@ class SegmentWalk {
   S* y_;
   uint8_t* mask_;
   ChannelView view_;
-  TableRows<T> rows_;
+  const AffineTable& table_;
   AffineGrid<T> grid_;
   int64_t entries_per_channel_;
   int64_t position_, end_, segment_end_, channel_;
 };
 
-// Walks a part whose vectors cross channels, over a table with an entry per element of a row (a period).
-template <AffineMode mode, Store store, class S>
-class PeriodicWalk {
-  using T = typename ComputeType<S>::type;
+// Consecutive blocks, whose constants begin at `slot` of a page and begin again at 0 behind `entries`. All is in
+// variables here, nothing in members: for all the compiler knows, a store to the mask's bytes changes a member.
+template <AffineMode mode, Store store, class S, class T>
+void quantize_blocks(const S* x, S* y, uint8_t* mask, int64_t blocks, const TablePage<T> page, int64_t slot,
+                     int64_t entries) {
+  const int64_t advance = kBlock % entries;
+  for (int64_t i = 0; i < blocks * kBlock; i += kBlock) {
+    LaneBits bits[kBlockVectors];
+    prefetch_vectors<kBlockVectors>(x + i);
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int64_t at = v * kLanes;
+      bits[v] = quantize_vector<mode, store>(Vector<T>::load(x + i + at), y + i + at, page.load(slot + at));
+    }
+    std::memcpy(mask + i / 8, bits, sizeof(bits));
+    slot += advance;
+    slot -= slot < entries ? 0 : entries;
+  }
+}
+
+// A part whose vectors cross channels, over a table with an entry per element of a row.
+template <AffineMode mode, Store store, class S, class T = typename ComputeType<S>::type>
+void quantize_rows(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
   using V = Vector<T>;
-
- public:
-  PeriodicWalk(const AffineJob& job, const TableRows<T>& rows)
-      : x_(static_cast<const S*>(job.input)),
-        y_(static_cast<S*>(job.output)),
-        mask_(job.mask),
-        rows_(rows),
-        period_(job.view.channels * job.view.inner) {}
-
-  void run(int64_t begin, int64_t end) const {
-    if (period_ % kLanes != 0) return along(begin, end);
-    const int64_t first_row = (begin + period_ - 1) / period_;
-    const int64_t last_row = end / period_;
-    if (first_row >= last_row) return along(begin, end);
-    along(begin, first_row * period_);
-    const int64_t tiled_end = first_row + (last_row - first_row) / kTileRows * kTileRows;
-    for (int64_t column = 0; column < period_; column += kTileColumns) {
-      const int64_t column_end = std::min(column + kTileColumns, period_);
-      for (int64_t row = first_row; row < tiled_end; row += kTileRows) tile(row, column, column_end);
-    }
-    along(tiled_end * period_, end);
+  const S* const x = static_cast<const S*>(job.input);
+  S* const y = static_cast<S*>(job.output);
+  const int64_t row = job.view.channels * job.view.inner;
+  const auto constants_at = [&](int64_t i) QK_INLINE_LAMBDA {
+    const int64_t entry = i % row;
+    return TablePage<T>(table, entry / AffineTable::kEntries).load(entry % AffineTable::kEntries);
+  };
+  int64_t i = begin;
+  while (kIsInRegisters<T> && i + kBlock <= end) {
+    const int64_t page = i % row / AffineTable::kEntries;
+    const int64_t slot = i % row % AffineTable::kEntries;
+    const int64_t entries = std::min(row - page * AffineTable::kEntries, AffineTable::kEntries);
+    const int64_t to_end = (end - i) / kBlock;
+    // One page goes round and round; of several each is left at its end, past which its last block may go.
+    const int64_t blocks = row == entries ? to_end : std::min(to_end, (entries - slot + kBlock - 1) / kBlock);
+    quantize_blocks<mode, store>(x + i, y + i, job.mask + i / 8, blocks, TablePage<T>(table, page), slot, entries);
+    i += blocks * kBlock;
   }
-
- private:
-  // As many streams of reads as a processor's prefetcher follows.
-  static constexpr int kTileRows = 4;
-  // Their constants, 28 bytes each, stay in the first-level cache while all rows pass.
-  static constexpr int64_t kTileColumns = 256;
-
-  QK_INLINE void vector_at(int64_t i, V value, const AffineConstants<V>& c) const {
-    const LaneBits bits = quantize_vector<mode, store>(value, y_ + i, c);
-    std::memcpy(mask_ + i / 8, &bits, sizeof(bits));
+  for (; i + kLanes <= end; i += kLanes) {
+    const LaneBits bits = quantize_vector<mode, store>(V::load(x + i), y + i, constants_at(i));
+    std::memcpy(job.mask + i / 8, &bits, sizeof(bits));
   }
-
-  // Column by column, so that a column's constants are loaded once for all rows. All loads come before the stores: at a
-  // distance of 4096 bytes, which many periods are a multiple of, a processor takes a load for one of the data just
-  // stored, and waits.
-  void tile(int64_t first_row, int64_t begin, int64_t end) const {
-    const int64_t ahead = kTileRows * period_;  // the same place in the next tile
-    for (int64_t column = begin; column < end; column += kLanes) {
-      const AffineConstants<V> c = rows_.load(column);
-      const int64_t first = first_row * period_ + column;
-      V values[kTileRows];
-      for (int row = 0; row < kTileRows; ++row) {
-        __builtin_prefetch(x_ + first + row * period_ + ahead);
-        values[row] = V::load(x_ + first + row * period_);
-      }
-      for (int row = 0; row < kTileRows; ++row) vector_at(first + row * period_, values[row], c);
-    }
-  }
-
-  void along(int64_t begin, int64_t end) const {
-    const int64_t advance = kLanes % period_;
-    int64_t phase = begin % period_;
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      vector_at(i, V::load(x_ + i), rows_.load(phase));
-      phase += advance;
-      if (phase >= period_) phase -= period_;
-    }
-    if (i < end) last_vector(i, end, rows_.load(phase));
-  }
-
-  void last_vector(int64_t begin, int64_t end, const AffineConstants<V>& c) const {
+  if (i < end) {
     S in[kLanes] = {};
     S out[kLanes];
-    std::copy(x_ + begin, x_ + end, in);
-    const LaneBits all = quantize_vector<mode, Store::kCached>(V::load(in), out, c);
-    std::copy_n(out, end - begin, y_ + begin);
-    const LaneBits bits = all & static_cast<LaneBits>((1u << (end - begin)) - 1);
-    std::memcpy(mask_ + begin / 8, &bits, static_cast<size_t>((end - begin + 7) / 8));
+    std::copy(x + i, x + end, in);
+    const LaneBits all = quantize_vector<mode, Store::kCached>(V::load(in), out, constants_at(i));
+    std::copy_n(out, end - i, y + i);
+    const LaneBits bits = all & static_cast<LaneBits>((1u << (end - i)) - 1);
+    std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
   }
-
-  const S* x_;
-  S* y_;
-  uint8_t* mask_;
-  const TableRows<T>& rows_;
-  int64_t period_;
-};
+}
 
 template <Store store, class S>
 void fake_quantize_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
-  const TableRows<typename ComputeType<S>::type> rows(table);
-  if (AffineTable::has_entry_per_element(job.view) && !rows.has(AffineMode::kPassThrough)) {
+  if (AffineTable::has_entry_per_element(job.view) && !table_has(table, AffineMode::kPassThrough)) {
     // Dividing is right for every channel.
-    if (rows.has(AffineMode::kDivide)) return PeriodicWalk<AffineMode::kDivide, store, S>(job, rows).run(begin, end);
-    return PeriodicWalk<AffineMode::kReciprocal, store, S>(job, rows).run(begin, end);
+    if (table_has(table, AffineMode::kDivide))
+      return quantize_rows<AffineMode::kDivide, store, S>(job, table, begin, end);
+    return quantize_rows<AffineMode::kReciprocal, store, S>(job, table, begin, end);
   }
   SegmentWalk<store, S>(job, table, begin, end).run();
 }

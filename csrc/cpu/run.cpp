@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "../numerics/channel.h"
@@ -93,28 +95,34 @@ int64_t element_size(DType dtype) {
 class JobConstants {
  public:
   JobConstants(const Kernels& kernels, const AffineJob& job, ParallelFor parallel_for) {
-    const int64_t length = AffineTable::length_for(job.view);
-    const size_t bytes_per_entry = kRows * (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float)) + 1;
-    void* memory = single_;
-    if (length > 1) {
-      many_.resize((static_cast<size_t>(length) * bytes_per_entry + sizeof(double) - 1) / sizeof(double));
-      memory = many_.data();
+    const int64_t slots = AffineTable::slots_for(job.view);
+    if (slots == 1) {
+      table_ = {single_, &single_mode_, slots};
+    } else {
+      const int64_t constants = AffineTable::pages(slots) * AffineTable::kConstants * AffineTable::kSlots;
+      const size_t bytes =
+          static_cast<size_t>(constants) * (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+      many_.reset(static_cast<uint8_t*>(::operator new(bytes + static_cast<size_t>(slots), kLine)));
+      table_ = {many_.get(), many_.get() + bytes, slots};
     }
-    uint8_t* const modes = static_cast<uint8_t*>(memory) + static_cast<size_t>(length) * (bytes_per_entry - 1);
-    table_ = {memory, modes, length};
-    const int64_t vectors = (length + kLanes - 1) / kLanes;
-    parallel(parallel_for, vectors, kArithmeticGrain / kEntryCost / kLanes, [&](int64_t begin, int64_t end) {
-      kernels.affine_table(job, table_, begin * kLanes, std::min(end * kLanes, length));
+    const int64_t vectors = (slots + kLanes - 1) / kLanes;
+    parallel(parallel_for, vectors, kArithmeticGrain / kSlotCost / kLanes, [&](int64_t begin, int64_t end) {
+      kernels.affine_table(job, table_, begin * kLanes, std::min(end * kLanes, slots));
     });
   }
   const AffineTable& table() const { return table_; }
 
  private:
-  static constexpr size_t kRows = 7;
-  static constexpr int64_t kEntryCost = 16;  // in elements quantized
+  static constexpr int64_t kSlotCost = 16;  // in elements quantized
+  // Of a cache. Loops load from a table a vector at a time, and would pay for one that lies on two lines.
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(uint8_t* memory) const { ::operator delete(memory, kLine); }
+  };
 
-  double single_[kRows + 1];
-  std::vector<double> many_;
+  double single_[AffineTable::kConstants];
+  uint8_t single_mode_;
+  std::unique_ptr<uint8_t, Free> many_;
   AffineTable table_;
 };
 

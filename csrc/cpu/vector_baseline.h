@@ -14,6 +14,8 @@ QK_NAMESPACE_BEGIN
 using cpu::Store;
 
 constexpr int kLanes = cpu::kLanes;
+constexpr int kBlockVectors = cpu::kBlockVectors;
+constexpr int kBlock = cpu::kBlock;
 using LaneBits = uint16_t;  // lane i is bit i
 
 template <class T>
@@ -83,9 +85,6 @@ QK_INLINE void dispatch_store(Store store, const S* output, const F& f) {
   order_streamed_stores();
 }
 
-// Loops advance by blocks of four vectors: that many are in flight, and share a word of the mask.
-constexpr int kBlockVectors = 4;
-constexpr int kBlock = kBlockVectors * kLanes;
 // Asks for the lines of `vectors` vectors, far enough ahead to hide the memory's latency. The processor's own
 // prefetcher loses track when a loop reads or writes the mask beside its input and output.
 template <int vectors, class... S>
