@@ -35,7 +35,6 @@ QK_INLINE int64_t quantize_pairs(const S* x, S* y, uint8_t* mask, int64_t count,
   int64_t i = 0;
   for (; i + kBlockVectors <= count; i += kBlockVectors) {
     uint32_t bits[kBlockVectors / 2];
-    prefetch_vectors<kBlockVectors>(x + i * kLanes);
     for (int p = 0; p < kBlockVectors / 2; ++p) {
       const int64_t at = (i + 2 * p) * kLanes;
       const Pairs in = Pairs::load(x + at);
@@ -57,7 +56,6 @@ void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const Affi
   }
   for (; kIsInRegisters<T> && i + kBlockVectors <= count; i += kBlockVectors) {
     LaneBits bits[kBlockVectors];
-    prefetch_vectors<kBlockVectors>(x + i * kLanes);
     for (int v = 0; v < kBlockVectors; ++v) {
       bits[v] = quantize_vector<mode, store>(Vector<T>::load(x + (i + v) * kLanes), y + (i + v) * kLanes, c);
     }
@@ -312,7 +310,7 @@ void quantize_blocks(const S* x, S* y, uint8_t* mask, int64_t blocks, const Tabl
   const int64_t advance = kBlock % entries;
   for (int64_t i = 0; i < blocks * kBlock; i += kBlock) {
     LaneBits bits[kBlockVectors];
-    prefetch_vectors<kBlockVectors>(x + i);
+    if constexpr (kPrefetchesBesideConstants<T>) prefetch_vectors<kBlockVectors>(x + i);
     for (int v = 0; v < kBlockVectors; ++v) {
       const int64_t at = v * kLanes;
       bits[v] = quantize_vector<mode, store>(Vector<T>::load(x + i + at), y + i + at, page.load(slot + at));

@@ -54,6 +54,8 @@ struct VectorOf<float> {
 };
 template <>
 constexpr bool kHasFusedMultiplyAdd<float> = true;
+template <>
+constexpr bool kPrefetchesBesideConstants<float> = true;
 
 QK_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.value, b.value)}; }
 QK_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.value, b.value)}; }

@@ -85,8 +85,9 @@ QK_INLINE void dispatch_store(Store store, const S* output, const F& f) {
   order_streamed_stores();
 }
 
-// Asks for the lines of `vectors` vectors, far enough ahead to hide the memory's latency. The processor's own
-// prefetcher loses track when a loop reads or writes the mask beside its input and output.
+// Asks for the lines of `vectors` vectors, far enough ahead to hide the memory's latency. For loops so long, or with so
+// many other loads, that a processor does not begin the next vectors' loads early enough by itself; where it does, this
+// costs time.
 template <int vectors, class... S>
 QK_INLINE void prefetch_vectors(const S*... p) {
   constexpr int kDistance = 3072;  // bytes
@@ -122,6 +123,9 @@ struct PairsOf {
 // around them is unrolled: there the loops take one vector at a time.
 template <class T>
 constexpr bool kIsInRegisters = !std::is_same_v<Vector<T>, Lanes<T>>;
+// Whether to prefetch beside constants that are loaded for every vector.
+template <class T>
+constexpr bool kPrefetchesBesideConstants = false;
 
 // The words of 16 Philox blocks side by side, where V's tier multiplies them faster than a processor does word by word.
 template <class V>
