@@ -1,4 +1,4 @@
-// Owns the fake-quantization loops: load, compute, store, one bit per element. Included once per SIMD tier, behind the
+// Owns the fake-quantization loops and the straight-through gradient. Included once per SIMD tier, behind the
 // tier's vector header.
 #pragma once
 
@@ -9,6 +9,7 @@
 #include "../numerics/channel.h"
 #include "../numerics/dispatch.h"
 #include "kernels.h"
+#include "loops_masked.h"
 
 QK_NAMESPACE_BEGIN
 
@@ -22,49 +23,14 @@ QK_INLINE AffineConstants<Vector<T>> broadcast(const AffineConstants<T>& c) {
           V::broadcast(c.pass_high)};
 }
 
-// One vector: quantized, stored, one bit per element.
-template <AffineMode mode, Store store, class S, class V>
-QK_INLINE LaneBits quantize_vector(V value, S* y, const AffineConstants<V>& c) {
-  put<store>(fake_quantize_element<mode>(value, c), y);
-  return gradient_passes(value, c);
-}
-
-// Of `count` whole vectors those that make blocks; returns how many.
-template <class Pairs, AffineMode mode, Store store, class S, class V>
-QK_INLINE int64_t quantize_pairs(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<V>& c) {
-  int64_t i = 0;
-  for (; i + kBlockVectors <= count; i += kBlockVectors) {
-    uint32_t bits[kBlockVectors / 2];
-    for (int p = 0; p < kBlockVectors / 2; ++p) {
-      const int64_t at = (i + 2 * p) * kLanes;
-      const Pairs in = Pairs::load(x + at);
-      put<store>(Pairs{fake_quantize_element<mode>(in.even, c), fake_quantize_element<mode>(in.odd, c)}, y + at);
-      bits[p] = interleaved(gradient_passes(in.even, c), gradient_passes(in.odd, c));
-    }
-    std::memcpy(mask + i * sizeof(LaneBits), bits, sizeof(bits));
-  }
-  return i;
-}
-
 // `count` whole vectors that share their constants.
 template <AffineMode mode, Store store, class S, class T>
 void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
-  const AffineConstants<Vector<T>> c = broadcast(scalars);
-  int64_t i = 0;
-  if constexpr (!std::is_void_v<typename PairsOf<S>::type> && mode != AffineMode::kDivide) {
-    i = quantize_pairs<typename PairsOf<S>::type, mode, store>(x, y, mask, count, c);
-  }
-  for (; kIsInRegisters<T> && i + kBlockVectors <= count; i += kBlockVectors) {
-    LaneBits bits[kBlockVectors];
-    for (int v = 0; v < kBlockVectors; ++v) {
-      bits[v] = quantize_vector<mode, store>(Vector<T>::load(x + (i + v) * kLanes), y + (i + v) * kLanes, c);
-    }
-    std::memcpy(mask + i * sizeof(LaneBits), bits, sizeof(bits));
-  }
-  for (; i < count; ++i) {
-    const LaneBits bits = quantize_vector<mode, store>(Vector<T>::load(x + i * kLanes), y + i * kLanes, c);
-    std::memcpy(mask + i * sizeof(bits), &bits, sizeof(bits));
-  }
+  using V = Vector<T>;
+  const AffineConstants<V> c = broadcast(scalars);
+  map_masked<mode != AffineMode::kDivide, store>(
+      x, y, mask, count, [&](V value) QK_INLINE_LAMBDA { return fake_quantize_element<mode>(value, c); },
+      [&](V value) QK_INLINE_LAMBDA { return gradient_passes(value, c); });
 }
 
 template <Store store, class S, class T>
@@ -301,6 +267,13 @@ class SegmentWalk {
   int64_t entries_per_channel_;
   int64_t position_, end_, segment_end_, channel_;
 };
+
+// One vector: quantized, stored, one bit per element.
+template <AffineMode mode, Store store, class S, class V>
+QK_INLINE LaneBits quantize_vector(V value, S* y, const AffineConstants<V>& c) {
+  put<store>(fake_quantize_element<mode>(value, c), y);
+  return gradient_passes(value, c);
+}
 
 // Consecutive blocks, whose constants begin at `slot` of a page and begin again at 0 behind `entries`. All is in
 // variables here, nothing in members: for all the compiler knows, a store to the mask's bytes changes a member.

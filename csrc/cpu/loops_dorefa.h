@@ -7,6 +7,7 @@
 #include "../numerics/dispatch.h"
 #include "../numerics/dorefa.h"
 #include "kernels.h"
+#include "loops_masked.h"
 #include "vector_twin.h"
 
 QK_NAMESPACE_BEGIN
@@ -198,27 +199,19 @@ void dorefa_activation_typed(const DoReFaActivationJob& job, int64_t begin, int6
   const Levels<V> levels = broadcast<V>(make_levels<T>(job.bits));
   const V one = V::broadcast(1);
   const V zero = V::broadcast(0);
-  const auto vector_at = [&](const S* from, S* to) QK_INLINE_LAMBDA {
-    const V value = V::load(from);
-    put<store>(dorefa_activation_element<kHasFusedMultiplyAdd<T>>(value, levels, one, zero), to);
-    return inclusively_between(value, zero, one);
+  const auto element = [&](V value) QK_INLINE_LAMBDA {
+    return dorefa_activation_element<kHasFusedMultiplyAdd<T>>(value, levels, one, zero);
   };
-  int64_t i = begin;
-  for (; kIsInRegisters<T> && i + kBlock <= end; i += kBlock) {
-    LaneBits bits[kBlockVectors];
-    prefetch_vectors<kBlockVectors>(x + i);
-    for (int v = 0; v < kBlockVectors; ++v) bits[v] = vector_at(x + i + v * kLanes, y + i + v * kLanes);
-    std::memcpy(job.mask + i / 8, bits, sizeof(bits));
-  }
-  for (; i + kLanes <= end; i += kLanes) {
-    const LaneBits bits = vector_at(x + i, y + i);
-    std::memcpy(job.mask + i / 8, &bits, sizeof(bits));
-  }
+  const auto passes = [&](V value) QK_INLINE_LAMBDA { return inclusively_between(value, zero, one); };
+  const int64_t count = (end - begin) / kLanes;
+  map_masked<true, store>(x + begin, y + begin, job.mask + begin / 8, count, element, passes);
+  const int64_t i = begin + count * kLanes;
   if (i == end) return;
-  alignas(kLanes * sizeof(S)) S last[kLanes];
-  const LaneBits all = vector_at(Padded<S>(x + i, end - i).element, last);
-  const LaneBits bits = all & static_cast<LaneBits>((1u << (end - i)) - 1);
+  const V value = V::load(Padded<S>(x + i, end - i).element);
+  S last[kLanes];
+  element(value).store(last);
   std::copy_n(last, end - i, y + i);
+  const LaneBits bits = passes(value) & static_cast<LaneBits>((1u << (end - i)) - 1);
   std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
 }
 
