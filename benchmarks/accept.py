@@ -18,8 +18,8 @@ class Verdict:
         best: at the best of the workloads that the line covers.
         fastest: the worst figure with the fastest sample of each candidate in place of the medians; beside `figure` it
             shows how much the machine was disturbed. It decides nothing.
-        clamps: at the workload that decided, with two clamps in an autograd.Function in place of the library: what the
-            line would read if the arithmetic cost nothing.
+        clamps: at the workload that decided, with torch's clamp in place of the library, or for forward and backward
+            two of them in an autograd.Function: what the line would read if the arithmetic cost nothing.
         where: the workload that decided.
     """
 
@@ -83,7 +83,8 @@ class Bound:
         if not costs:
             return Verdict(self.line, self.text, limit)
         worst, _, measurement, candidate = max(costs, key=lambda cost: cost[0])
-        clamps = kernels.CLAMPS in measurement.seconds
+        clamp = kernels.CLAMPS if self.phase == kernels.FORWARD_BACKWARD else kernels.CLAMP
+        clamps = clamp in measurement.seconds and clamp != self.versus
         return Verdict(
             self.line,
             self.text,
@@ -91,7 +92,7 @@ class Bound:
             figure=f"{self._figure(worst):.2f}",
             best=f"{self._figure(min(cost[0] for cost in costs)):.2f}",
             fastest=f"{self._figure(max(cost[1] for cost in costs)):.2f}",
-            clamps=f"{self._figure(measurement.ratio(kernels.CLAMPS, self.versus)):.2f}" if clamps else "",
+            clamps=f"{self._figure(measurement.ratio(clamp, self.versus)):.2f}" if clamps else "",
             where=_where(measurement, candidate if len(self.candidates) > 1 else ""),
             passed=self._holds(worst),
         )

@@ -32,14 +32,14 @@ QUICK = Mode(
     "quick",
     kernels=Effort(rounds=11, fewest_rounds=5, seconds=0.5),
     training=Effort(rounds=7, fewest_rounds=3, seconds=2.5),
-    tiers=Effort(rounds=9, fewest_rounds=9, seconds=1.0),
+    tiers=Effort(rounds=9, fewest_rounds=9, seconds=1.0, sample_seconds=1e-2),
     tier_sizes=(2**20, 2**22),
 )
 FULL = Mode(
     "full",
     kernels=Effort(rounds=21, fewest_rounds=5, seconds=2.0),
     training=Effort(rounds=21, fewest_rounds=11, seconds=30.0),
-    tiers=Effort(rounds=31, fewest_rounds=31, seconds=10.0),
+    tiers=Effort(rounds=31, fewest_rounds=31, seconds=10.0, sample_seconds=1e-2),
     tier_sizes=(2**20, 2**22, 2**24),
 )
 

@@ -177,8 +177,6 @@ class _Answers:
         assert self._case is not None
         runs = self._case.candidates
         time.sleep(_PAUSE)
-        for name in self._repetitions:
-            runs[name].run()
         return {name: take_sample(runs[name].run, count) for name, count in self._repetitions.items()}
 
     def digest(self, threads: int) -> dict[str, str]:
