@@ -235,6 +235,22 @@ def _(
     return _empty_mask(input)
 
 
+_PER_TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
+"""Without an axis and an activation: a call costs 0.15 us for every argument."""
+
+
+@_define(f"fake_quantize.per_tensor(Tensor input, {_PER_TENSOR}) -> (Tensor output, Tensor mask)")
+def _(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    _check_affine("fake_quantize", input, scale, zero_point, quant_min, quant_max, None, -math.inf, math.inf)
+    return _empty_like(input), _empty_mask(input)
+
+
+@_define(f"fake_quantize_.per_tensor(Tensor(a!) input, {_PER_TENSOR}) -> Tensor mask")
+def _(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    _check_affine("fake_quantize_", input, scale, zero_point, quant_min, quant_max, None, -math.inf, math.inf)
+    return _empty_mask(input)
+
+
 def _check_numbers(
     op: str, input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float
 ) -> None:

@@ -40,6 +40,7 @@ _raw: Any = torch.ops.quantkernels
 _RAW_STRAIGHT_THROUGH: Any = _raw.straight_through.default
 _MASKED: dict[str, tuple[Any, Any]] = {
     "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
+    "fake_quantize_per_tensor": (_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
     "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
     "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
     "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
@@ -216,8 +217,11 @@ def fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
+    tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
+    if tensors and axis is None and bounds is None:
+        return _masked("fake_quantize_per_tensor", input, inplace, scale, zero_point, quant_min, quant_max)
     low, high = bounds or _NO_BOUNDS
-    if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+    if tensors:
         return _masked("fake_quantize", input, inplace, scale, zero_point, quant_min, quant_max, axis, low, high)
     if isinstance(scale, Tensor) or isinstance(zero_point, Tensor) or axis is not None:
         scale = _as_tensor("scale", scale, torch.float32, input)

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -132,6 +133,18 @@ Tensor fake_quantize_(Tensor input, Tensor scale, Tensor zero_point, int64_t qua
                                                  {quant_min, quant_max, low, high}, axis, true);
   write_back(p, input);
   return p.mask;
+}
+
+// Without an axis and an activation: every argument from Python costs 0.15 us.
+template <class Backend>
+std::tuple<Tensor, Tensor> fake_quantize_per_tensor(Tensor input, Tensor scale, Tensor zero_point, int64_t quant_min,
+                                                    int64_t quant_max) {
+  return fake_quantize<Backend>(input, scale, zero_point, quant_min, quant_max, std::nullopt, -INFINITY, INFINITY);
+}
+
+template <class Backend>
+Tensor fake_quantize_per_tensor_(Tensor input, Tensor scale, Tensor zero_point, int64_t quant_min, int64_t quant_max) {
+  return fake_quantize_<Backend>(input, scale, zero_point, quant_min, quant_max, std::nullopt, -INFINITY, INFINITY);
 }
 
 // The state of an observer, all mutable.
@@ -266,6 +279,8 @@ template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize<Backend>));
   m.impl("fake_quantize_", TORCH_BOX(&fake_quantize_<Backend>));
+  m.impl("fake_quantize.per_tensor", TORCH_BOX(&fake_quantize_per_tensor<Backend>));
+  m.impl("fake_quantize_.per_tensor", TORCH_BOX(&fake_quantize_per_tensor_<Backend>));
   m.impl("fake_quantize.number", TORCH_BOX(&fake_quantize_number<Backend>));
   m.impl("fake_quantize_.number", TORCH_BOX(&fake_quantize_number_<Backend>));
   m.impl("observe_fake_quantize", TORCH_BOX(&observe_fake_quantize<Backend>));

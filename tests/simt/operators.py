@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,12 @@ class EmulatedOperators:
         output, mask = self.fake_quantize(input, *arguments, in_place=True)  # type: ignore[arg-type]
         _write_back(input, output)
         return mask
+
+    def fake_quantize_per_tensor(self, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return self.fake_quantize(input, *arguments, None, -math.inf, math.inf)
+
+    def fake_quantize_per_tensor_(self, input: Tensor, *arguments: Any) -> Tensor:
+        return self.fake_quantize_(input, *arguments, None, -math.inf, math.inf)
 
     def fake_quantize_number(
         self, input: Tensor, scale: float, zero_point: int, *grid: object, in_place: bool = False
