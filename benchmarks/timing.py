@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ class Effort:
     rounds: int
     fewest_rounds: int
     seconds: float
-    sample_seconds: float = 2e-3
+    sample_seconds: float = 3e-3
 
 
 @contextmanager
@@ -75,12 +76,13 @@ _CLOCKS = {"cpu": _seconds_on_cpu, "cuda": _seconds_on_cuda}
 
 
 def take_sample(run: Run, repetitions: int, device: str = "cpu") -> float:
-    """Seconds a call takes, the mean over `repetitions` calls in a row.
+    """Seconds a call takes, the mean over `repetitions` calls in a row, after as many that are not timed.
 
-    The call before them is not timed: it finds in the caches what another candidate left, and would weigh 1 in 5 in a
-    sample of slow calls, 1 in 30 in one of fast calls.
+    The first calls find in the caches what another candidate left: with 16 MB of tensors it takes ten of them until
+    they take the time that they take from then on, and 2 ms are no more than that.
     """
-    run()
+    for _ in range(repetitions):
+        run()
     return _CLOCKS[device](run, repetitions)
 
 
@@ -110,8 +112,8 @@ def interleave(runs: Mapping[str, tuple[Run, int]], effort: Effort, device: str 
         for round_index in range(effort.rounds):
             if round_index >= effort.fewest_rounds and time.perf_counter() - start > effort.seconds:
                 break
-            first = round_index % len(names)  # no candidate always follows the same one
-            for name in names[first:] + names[:first]:
+            random.Random(round_index).shuffle(names)  # no candidate always follows the same one
+            for name in names:
                 run, threads = runs[name]
                 with torch_threads(threads):
                     seconds[name].append(take_sample(run, repetitions[name], device))
