@@ -24,24 +24,23 @@ enum class Store { kCached, kStreamed };
 // with an inner size below a vector an element of a row of channels * inner, so that a vector loads the constants of
 // its lanes.
 //
-// Entries lie in pages of kEntries: what a loop loads at one place in it is then at constant distances. A page goes on
-// with the first entries of the next one, and the last with those of the first, for a block of vectors that begins on
-// one page and ends on the next. All of a page is counted in slots.
+// Entries lie on pages of kEntries, so that the constants of an entry are at distances that the compiler knows. A page
+// goes on with the first entries of the next one, and the last with those of the first, for a block of vectors that
+// begins on one page and ends on the next; entries and these repetitions are the page's slots.
 struct AffineTable {
   static constexpr int64_t kConstants = 7;  // the members of AffineConstants
   static constexpr int64_t kEntries = 1024;
   static constexpr int64_t kSlots = kEntries + kBlock;
 
-  void*
-      constants;   // [pages, kConstants, kSlots] of the compute type, on cache lines; [kConstants] for a single channel
+  // [pages, kConstants, kSlots] of the compute type, on cache lines; [kConstants] for a single channel.
+  void* constants;
   uint8_t* modes;  // [slots]: AffineMode
   int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel
 
   static bool has_entry_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
   static int64_t pages(int64_t slots) { return (slots + kSlots - 1) / kSlots; }
   static int64_t slot(int64_t entry) { return entry / kEntries * kSlots + entry % kEntries; }
-  // Of a slot that is not past the end of a page's own entries, the entry; else one that has the same constants but for
-  // multiples of all entries.
+  // Whose constants a slot holds: an entry, or the number that an entry behind the last one would have.
   static int64_t entry(int64_t slot) { return slot / kSlots * kEntries + slot % kSlots; }
   static int64_t slots_for(const ChannelView& view) {
     if (view.channels == 1) return 1;

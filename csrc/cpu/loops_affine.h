@@ -1,5 +1,5 @@
-// Owns the fake-quantization loops and the straight-through gradient. Included once per SIMD tier, behind the
-// tier's vector header.
+// Owns the fake-quantization loops and the straight-through gradient. Included once per SIMD tier, behind the tier's
+// vector header.
 #pragma once
 
 #include <algorithm>
@@ -146,8 +146,8 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
   T level_min[kLanes], level_max[kLanes];
   uint8_t modes[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int32_t least = job.quant_min - zero_point[lane];
-    const int32_t most = job.quant_max - zero_point[lane];
+    const int64_t least = int64_t{job.quant_min} - zero_point[lane];
+    const int64_t most = int64_t{job.quant_max} - zero_point[lane];
     level_min[lane] = static_cast<T>(least);
     level_max[lane] = static_cast<T>(most);
     modes[lane] = static_cast<uint8_t>(tier_mode<T>(affine_mode<T>(scale[lane], least, most)));
