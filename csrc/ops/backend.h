@@ -1,19 +1,15 @@
 // Owns the step from an operator to a device: CPU jobs go to the threaded loops, CUDA jobs to the current stream.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include "../cpu/run.h"
+#include "tensor.h"
 #if defined(QUANTKERNELS_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "../cuda/run_cuda.h"
 #endif
 
 namespace qk::ops {
-
-using torch::stable::Tensor;
 
 // A backend also holds a scale and a zero point that the caller gave as numbers where its kernels can read them.
 struct Cpu {
@@ -42,10 +38,10 @@ struct Cuda {
   class Parameters {
    public:
     Parameters(double scale, int64_t zero_point, const Tensor& like)
-        : scale_(torch::stable::new_empty(like, {1}, torch::headeronly::ScalarType::Float)),
-          zero_point_(torch::stable::new_empty(like, {1}, torch::headeronly::ScalarType::Int)) {
-      torch::stable::fill_(scale_, scale);
-      torch::stable::fill_(zero_point_, static_cast<double>(zero_point));
+        : scale_(empty_vector(like, 1, aoti_torch_dtype_float32())),
+          zero_point_(empty_vector(like, 1, aoti_torch_dtype_int32())) {
+      fill(scale_, scale);
+      fill(zero_point_, static_cast<double>(zero_point));
     }
     const float* scale_pointer() const { return static_cast<const float*>(scale_.const_data_ptr()); }
     const int32_t* zero_point_pointer() const { return static_cast<const int32_t*>(zero_point_.const_data_ptr()); }
@@ -61,11 +57,12 @@ struct Cuda {
   // out to later work of the same stream only.
   template <class Job>
   static void run(const Job& job, const Tensor& like) {
-    const torch::stable::accelerator::DeviceIndex device = like.device().index();
+    const torch::stable::accelerator::DeviceIndex device =
+        static_cast<torch::stable::accelerator::DeviceIndex>(like.device_index());
     const torch::stable::accelerator::DeviceGuard guard(device);
     const torch::stable::accelerator::Stream stream = torch::stable::accelerator::getCurrentStream(device);
     const int64_t bytes = static_cast<int64_t>(cuda::workspace_bytes(job));
-    const Tensor workspace = torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+    const Tensor workspace = empty_vector(like, bytes, aoti_torch_dtype_uint8());
     check(cuda::run(job, workspace.mutable_data_ptr(), static_cast<cudaStream_t>(stream.nativeHandle())));
   }
 };

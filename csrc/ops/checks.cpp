@@ -1,89 +1,62 @@
 // Implements checks.h.
 #include "checks.h"
 
-#include <torch/csrc/stable/device.h>
-
 #include <cmath>
+#include <utility>
 
 namespace qk::ops {
 namespace {
 
 std::string device_text(const Tensor& tensor) {
-  const torch::stable::Device device = tensor.device();
-  const bool cpu = device.type() == torch::headeronly::DeviceType::CPU;
-  return cpu ? "cpu" : "cuda:" + std::to_string(device.index());
+  const bool cpu = tensor.device_type() == aoti_torch_device_type_cpu();
+  return cpu ? "cpu" : "cuda:" + std::to_string(tensor.device_index());
 }
 
 }  // namespace
 
-std::string dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default:
-      return "another dtype";
+std::string dtype_name(int32_t dtype) {
+  const std::pair<int32_t, const char*> names[] = {
+      {aoti_torch_dtype_float32(), "float32"},     {aoti_torch_dtype_float64(), "float64"},
+      {aoti_torch_dtype_float16(), "float16"},     {aoti_torch_dtype_bfloat16(), "bfloat16"},
+      {aoti_torch_dtype_int32(), "int32"},         {aoti_torch_dtype_int64(), "int64"},
+      {aoti_torch_dtype_int16(), "int16"},         {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},         {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex64(), "complex64"}, {aoti_torch_dtype_complex128(), "complex128"},
+  };
+  for (const auto& [number, name] : names) {
+    if (number == dtype) return name;
   }
+  return "another dtype";
 }
 
 std::string shape_text(const Tensor& tensor) {
   std::ostringstream text;
   text << '[';
-  const auto sizes = tensor.sizes();
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
+  const int64_t* const sizes = tensor.sizes();
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
   text << ']';
   return text.str();
 }
 
 void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {
-  const torch::stable::Device device = tensor.device();
-  const torch::stable::Device expected = input.device();
-  if (device.type() == expected.type() &&
-      (device.type() == torch::headeronly::DeviceType::CPU || device.index() == expected.index())) {
-    return;
-  }
+  const int32_t type = tensor.device_type();
+  const bool same_type = type == input.device_type();
+  if (same_type && (type == aoti_torch_device_type_cpu() || tensor.device_index() == input.device_index())) return;
   fail(op, argument, "on ", device_text(input), ", but got ", device_text(tensor));
 }
 
 DType check_floating(const char* op, const char* argument, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      fail(op, argument, "float32, float64, float16 or bfloat16, but got ", dtype_name(tensor.scalar_type()));
-  }
+  const int32_t dtype = tensor.dtype();
+  if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
+  if (dtype == aoti_torch_dtype_float64()) return DType::kFloat64;
+  fail(op, argument, "float32, float64, float16 or bfloat16, but got ", dtype_name(dtype));
 }
 
-void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType expected) {
-  if (tensor.scalar_type() != expected) {
-    fail(op, argument, dtype_name(expected), ", but got ", dtype_name(tensor.scalar_type()));
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, int32_t expected) {
+  if (tensor.dtype() != expected) {
+    fail(op, argument, dtype_name(expected), ", but got ", dtype_name(tensor.dtype()));
   }
 }
 

@@ -2,20 +2,15 @@
 // same in the fake implementations (quantkernels/_ops.py). Order: device, dtype, shape, value.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 #include "../jobs.h"
+#include "tensor.h"
 
 namespace qk::ops {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class... Args>
 [[noreturn]] void fail(const char* op, const char* argument, const Args&... rest) {
@@ -25,12 +20,12 @@ template <class... Args>
   throw std::runtime_error(message.str());
 }
 
-std::string dtype_name(ScalarType dtype);
+std::string dtype_name(int32_t dtype);
 std::string shape_text(const Tensor& tensor);
 
 void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
 DType check_floating(const char* op, const char* argument, const Tensor& tensor);
-void check_dtype(const char* op, const char* argument, const Tensor& tensor, ScalarType expected);
+void check_dtype(const char* op, const char* argument, const Tensor& tensor, int32_t expected);
 // The axis counted from 0, or nothing for per tensor.
 std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis);
 // [1] (or 0-dim) per tensor, [size of the axis] per channel.

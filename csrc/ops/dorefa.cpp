@@ -1,7 +1,5 @@
 // Owns the operators of DoReFa-Net: dorefa_weight, dorefa_weight_backward, dorefa_activation, dorefa_gradient.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+#include <algorithm>
 #include <tuple>
 
 #include "backend.h"
@@ -17,51 +15,51 @@ int32_t check_bits(const char* op, int64_t bits) {
 }
 
 void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
-  const auto sizes = tensor.sizes();
-  const auto expected = like.sizes();
-  bool same = sizes.size() == expected.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == expected[i];
+  const int64_t dims = tensor.dim();
+  const bool same = dims == like.dim() && std::equal(tensor.sizes(), tensor.sizes() + dims, like.sizes());
   if (!same) fail(op, argument, "of shape ", shape_text(like), ", but got ", shape_text(tensor));
 }
 
-ScalarType statistic_dtype(DType dtype) { return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+int32_t statistic_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
 
 template <class Backend>
-std::tuple<Tensor, Tensor> dorefa_weight(Tensor weight, int64_t bits) {
+std::tuple<Tensor, Tensor> dorefa_weight(const Tensor& weight, int64_t bits) {
   constexpr const char* kOp = "dorefa_weight";
   DoReFaWeightJob job{};
   job.dtype = check_floating(kOp, "weight", weight);
   if (weight.numel() == 0) fail(kOp, "weight", "of at least one element, but got ", shape_text(weight));
   job.bits = check_bits(kOp, bits);
   const Layout layout = dense_layout(weight).value_or(Layout::kContiguous);
-  const Tensor source = in_layout(weight, layout);
-  const Tensor output = empty_in_layout(weight, layout);
-  const Tensor statistic = torch::stable::new_empty(weight, {1}, statistic_dtype(job.dtype));
-  job.input = source.const_data_ptr();
+  const Dense source(weight, layout);
+  Tensor output = empty_in_layout(weight, layout);
+  Tensor statistic = empty_vector(weight, 1, statistic_dtype(job.dtype));
+  job.input = source->const_data_ptr();
   job.output = output.mutable_data_ptr();
   job.statistic = statistic.mutable_data_ptr();
   job.numel = weight.numel();
   Backend::run(job, weight);
-  return {output, statistic};
+  return {std::move(output), std::move(statistic)};
 }
 
 template <class Backend>
-Tensor dorefa_weight_backward(Tensor grad_output, Tensor weight, Tensor statistic) {
+Tensor dorefa_weight_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& statistic) {
   constexpr const char* kOp = "dorefa_weight_backward";
   check_same_device(kOp, "grad_output", grad_output, weight);
   check_same_device(kOp, "statistic", statistic, weight);
   DoReFaWeightGradientJob job{};
   job.dtype = check_floating(kOp, "weight", weight);
-  check_dtype(kOp, "grad_output", grad_output, weight.scalar_type());
+  check_dtype(kOp, "grad_output", grad_output, weight.dtype());
   check_dtype(kOp, "statistic", statistic, statistic_dtype(job.dtype));
   check_same_shape(kOp, "grad_output", grad_output, weight);
   if (statistic.numel() != 1) fail(kOp, "statistic", "of one element, but got ", shape_text(statistic));
   const Layout layout = dense_layout(weight).value_or(Layout::kContiguous);
-  const Tensor gradient = in_layout(grad_output, layout);
-  const Tensor source = in_layout(weight, layout);
-  const Tensor grad_input = empty_in_layout(weight, layout);
-  job.grad_output = gradient.const_data_ptr();
-  job.weight = source.const_data_ptr();
+  const Dense gradient(grad_output, layout);
+  const Dense source(weight, layout);
+  Tensor grad_input = empty_in_layout(weight, layout);
+  job.grad_output = gradient->const_data_ptr();
+  job.weight = source->const_data_ptr();
   job.statistic = statistic.const_data_ptr();
   job.grad_input = grad_input.mutable_data_ptr();
   job.numel = weight.numel();
@@ -69,41 +67,42 @@ Tensor dorefa_weight_backward(Tensor grad_output, Tensor weight, Tensor statisti
   return grad_input;
 }
 
+// The output is empty in place.
 template <class Backend>
-std::tuple<Tensor, Tensor> activation_into(const char* op, Tensor& input, int64_t bits, bool in_place) {
+std::tuple<Tensor, Tensor> activation_into(const char* op, const Tensor& input, int64_t bits, bool in_place) {
   DoReFaActivationJob job{};
   job.dtype = check_floating(op, "input", input);
   job.bits = check_bits(op, bits);
   const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
-  const Tensor source = in_layout(input, layout);
-  const Tensor output = in_place ? source : empty_in_layout(input, layout);
-  const Tensor mask = empty_mask(input);
-  job.input = source.const_data_ptr();
-  job.output = output.mutable_data_ptr();
+  const Dense source(input, layout);
+  Tensor output = in_place ? Tensor() : empty_in_layout(input, layout);
+  Tensor mask = empty_mask(input);
+  job.input = source->const_data_ptr();
+  job.output = (in_place ? *source : output).mutable_data_ptr();
   job.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
   job.numel = input.numel();
   Backend::run(job, input);
-  if (in_place && output.get() != input.get()) torch::stable::copy_(input, output);
-  return {output, mask};
+  if (in_place && source.is_copy()) copy_into(input, *source);
+  return {std::move(output), std::move(mask)};
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> dorefa_activation(Tensor input, int64_t bits) {
+std::tuple<Tensor, Tensor> dorefa_activation(const Tensor& input, int64_t bits) {
   return activation_into<Backend>("dorefa_activation", input, bits, false);
 }
 
 template <class Backend>
-Tensor dorefa_activation_(Tensor input, int64_t bits) {
+Tensor dorefa_activation_(const Tensor& input, int64_t bits) {
   return std::get<1>(activation_into<Backend>("dorefa_activation_", input, bits, true));
 }
 
 template <class Backend>
-Tensor dorefa_gradient(Tensor grad_output, Tensor rng_state, int64_t bits) {
+Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64_t bits) {
   constexpr const char* kOp = "dorefa_gradient";
   check_same_device(kOp, "rng_state", rng_state, grad_output);
   DoReFaGradientJob job{};
   job.dtype = check_floating(kOp, "grad_output", grad_output);
-  check_dtype(kOp, "rng_state", rng_state, ScalarType::Long);
+  check_dtype(kOp, "rng_state", rng_state, aoti_torch_dtype_int64());
   if (rng_state.dim() != 1 || rng_state.numel() != 2) {
     fail(kOp, "rng_state", "of shape [2], but got ", shape_text(rng_state));
   }
@@ -111,24 +110,25 @@ Tensor dorefa_gradient(Tensor grad_output, Tensor rng_state, int64_t bits) {
   job.bits = check_bits(kOp, bits);
   // The noise belongs to the logical index, so the kernel walks row-major; the result goes back to the caller's layout.
   const Layout layout = dense_layout(grad_output).value_or(Layout::kContiguous);
-  const Tensor source = in_layout(grad_output, Layout::kContiguous);
-  const Tensor grad_input = empty_in_layout(grad_output, Layout::kContiguous);
-  job.grad_output = source.const_data_ptr();
+  const Dense source(grad_output, Layout::kContiguous);
+  Tensor grad_input = empty_in_layout(grad_output, Layout::kContiguous);
+  job.grad_output = source->const_data_ptr();
   job.grad_input = grad_input.mutable_data_ptr();
-  job.samples = grad_output.dim() > 0 ? grad_output.size(0) : 1;
+  job.samples = grad_output.dim() > 0 ? grad_output.sizes()[0] : 1;
   job.inner = job.samples > 0 ? grad_output.numel() / job.samples : 0;
   job.rng_state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
   Backend::run(job, grad_output);
-  return in_layout(grad_input, layout);
+  Dense result(grad_input, layout);
+  return result.is_copy() ? result.take_copy() : std::move(grad_input);
 }
 
 template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
-  m.impl("dorefa_weight", TORCH_BOX(&dorefa_weight<Backend>));
-  m.impl("dorefa_weight_backward", TORCH_BOX(&dorefa_weight_backward<Backend>));
-  m.impl("dorefa_activation", TORCH_BOX(&dorefa_activation<Backend>));
-  m.impl("dorefa_activation_", TORCH_BOX(&dorefa_activation_<Backend>));
-  m.impl("dorefa_gradient", TORCH_BOX(&dorefa_gradient<Backend>));
+  m.impl("dorefa_weight", Boxed<&dorefa_weight<Backend>>::call);
+  m.impl("dorefa_weight_backward", Boxed<&dorefa_weight_backward<Backend>>::call);
+  m.impl("dorefa_activation", Boxed<&dorefa_activation<Backend>>::call);
+  m.impl("dorefa_activation_", Boxed<&dorefa_activation_<Backend>>::call);
+  m.impl("dorefa_gradient", Boxed<&dorefa_gradient<Backend>>::call);
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // Implements layout.h.
 #include "layout.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <array>
 #include <stdexcept>
 
@@ -16,12 +14,12 @@ int64_t dimension_at(int64_t place, int64_t dims, Layout layout) {
 }
 
 bool is_dense(const Tensor& tensor, Layout layout) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+  const int64_t* const sizes = tensor.sizes();
+  const int64_t* const strides = tensor.strides();
   const int64_t dims = tensor.dim();
   int64_t expected = 1;
   for (int64_t place = dims; place-- > 0;) {
-    const size_t d = static_cast<size_t>(dimension_at(place, dims, layout));
+    const int64_t d = dimension_at(place, dims, layout);
     if (sizes[d] != 1 && strides[d] != expected) return false;
     expected *= sizes[d];
   }
@@ -33,33 +31,17 @@ constexpr int64_t kMostDimensions = 64;
 using Strides = std::array<int64_t, kMostDimensions>;
 
 Strides dense_strides(const Tensor& tensor, Layout layout) {
-  const auto sizes = tensor.sizes();
+  const int64_t* const sizes = tensor.sizes();
   const int64_t dims = tensor.dim();
   if (dims > kMostDimensions) throw std::runtime_error("quantkernels: expected at most 64 dimensions");
   Strides strides;
   int64_t stride = 1;
   for (int64_t place = dims; place-- > 0;) {
-    const size_t d = static_cast<size_t>(dimension_at(place, dims, layout));
-    strides[d] = stride;
+    const int64_t d = dimension_at(place, dims, layout);
+    strides[static_cast<size_t>(d)] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }
   return strides;
-}
-
-Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) {
-  int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
-  return Tensor(handle);
-}
-
-int32_t dtype_of(const Tensor& tensor) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
 }
 
 }  // namespace
@@ -71,38 +53,27 @@ std::optional<Layout> dense_layout(const Tensor& tensor) {
   return std::nullopt;
 }
 
-Tensor in_layout(const Tensor& tensor, Layout layout) {
-  const bool dense = layout == Layout::kContiguous ? tensor.is_contiguous() : is_dense(tensor, layout);
-  if (dense) return tensor;
-  Tensor copy = empty_in_layout(tensor, layout);
-  torch::stable::copy_(copy, tensor);
-  return copy;
+Dense::Dense(const Tensor& tensor, Layout layout) : given_(tensor) {
+  if (layout == Layout::kContiguous ? tensor.is_contiguous() : is_dense(tensor, layout)) return;
+  copy_ = empty_in_layout(tensor, layout);
+  copy_into(copy_, tensor);
 }
 
 Tensor empty_in_layout(const Tensor& like, Layout layout) {
   const Strides strides = dense_strides(like, layout);
-  return empty_strided(like, like.sizes().data(), strides.data(), like.dim(), dtype_of(like));
+  return empty_strided(like, like.sizes(), strides.data(), like.dim(), like.dtype());
 }
 
-Tensor empty_mask(const Tensor& like) {
-  const int64_t size = (like.numel() + 7) / 8;
-  const int64_t stride = 1;
-  return empty_strided(like, &size, &stride, 1, aoti_torch_dtype_uint8());
-}
-
-Tensor empty_vector(const Tensor& like, int64_t size) {
-  const int64_t stride = 1;
-  return empty_strided(like, &size, &stride, 1, dtype_of(like));
-}
+Tensor empty_mask(const Tensor& like) { return empty_vector(like, (like.numel() + 7) / 8, aoti_torch_dtype_uint8()); }
 
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis) {
   if (!axis.has_value()) return {1, 1, tensor.numel()};
   ChannelView view = {1, 1, 1};
-  const auto sizes = tensor.sizes();
+  const int64_t* const sizes = tensor.sizes();
   int64_t* factor = &view.outer;
   for (int64_t place = 0; place < tensor.dim(); ++place) {
     const int64_t d = dimension_at(place, tensor.dim(), layout);
-    const int64_t size = sizes[static_cast<size_t>(d)];
+    const int64_t size = sizes[d];
     if (d == *axis) {
       view.channels = size;
       factor = &view.inner;

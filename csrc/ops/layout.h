@@ -1,15 +1,12 @@
 // Owns memory order: which dense layout a tensor has, how the axis lies in it, and allocation in the same order.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 
 #include "../jobs.h"
+#include "tensor.h"
 
 namespace qk::ops {
-
-using torch::stable::Tensor;
 
 // The layouts that run without a copy, numbered as in the operators' `memory_format` argument.
 enum class Layout : int64_t { kContiguous = 0, kChannelsLast = 1, kChannelsLast3d = 2 };
@@ -17,17 +14,26 @@ enum class Layout : int64_t { kContiguous = 0, kChannelsLast = 1, kChannelsLast3
 // Nothing when the tensor is dense in none of them.
 std::optional<Layout> dense_layout(const Tensor& tensor);
 
-// `tensor` itself when it is dense in `layout`, a copy otherwise.
-Tensor in_layout(const Tensor& tensor, Layout layout);
+// A tensor that is dense in a layout: the caller's, or a copy where that is not. No longer than the caller's lives.
+class Dense {
+ public:
+  Dense(const Tensor& tensor, Layout layout);
+
+  const Tensor& operator*() const { return is_copy() ? copy_ : given_; }
+  const Tensor* operator->() const { return &**this; }
+  bool is_copy() const { return copy_.defined(); }
+  Tensor take_copy() { return std::move(copy_); }
+
+ private:
+  const Tensor& given_;
+  Tensor copy_;
+};
 
 // Uninitialised, with the sizes, dtype and device of `like`.
 Tensor empty_in_layout(const Tensor& like, Layout layout);
 
 // ceil(numel / 8) bytes on the device of `like`.
 Tensor empty_mask(const Tensor& like);
-
-// An uninitialised one-dimensional tensor on the device of `like`, of its dtype.
-Tensor empty_vector(const Tensor& like, int64_t size);
 
 // How memory in `layout` splits around the axis; one channel without axis.
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis);

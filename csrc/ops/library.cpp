@@ -1,7 +1,4 @@
 // Owns what belongs to the library as a whole: the thread pool in use and the description of the build.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <stdexcept>
 #include <string>
 

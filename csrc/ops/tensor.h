@@ -1,0 +1,123 @@
+// Owns the tensors of the operators, handles of LibTorch's stable ABI, and how an operator's function becomes a kernel
+// that torch can call.
+//
+// torch::stable::Tensor and TORCH_BOX do this through shared pointers, and so allocate ten blocks more in a call of
+// fake_quantize: a sixth of what that takes on a small tensor.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <memory>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+namespace qk::ops {
+
+// Sole owner of a handle, or empty. All but the pointers is as in at::Tensor.
+class Tensor {
+ public:
+  Tensor() = default;
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+
+  bool defined() const { return handle_ != nullptr; }
+  AtenTensorHandle get() const { return handle_.get(); }
+  AtenTensorHandle release() { return handle_.release(); }
+
+  int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
+  // [dim]
+  const int64_t* sizes() const { return ask<int64_t*>(aoti_torch_get_sizes); }
+  const int64_t* strides() const { return ask<int64_t*>(aoti_torch_get_strides); }
+  bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  // As LibTorch numbers them: aoti_torch_dtype_float32(), aoti_torch_device_type_cpu() and so on.
+  int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
+  int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
+  int32_t device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
+  const void* const_data_ptr() const { return ask<const void*>(torch_get_const_data_ptr); }
+  void* mutable_data_ptr() const { return ask<void*>(torch_get_mutable_data_ptr); }
+
+ private:
+  struct Delete {
+    void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+  };
+
+  template <class T>
+  T ask(AOTITorchError (*question)(AtenTensorHandle, T*)) const {
+    T answer{};
+    STABLE_TORCH_ERROR_CODE_CHECK(question(get(), &answer));
+    return answer;
+  }
+
+  std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+};
+
+// Uninitialised, on the device of `like`.
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
+                            int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Uninitialised and one-dimensional, on the device of `like`.
+inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return empty_strided(like, &size, &stride, 1, dtype);
+}
+
+inline void copy_into(const Tensor& target, const Tensor& source) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(target.get(), source.get(), 0));
+}
+
+inline void fill(const Tensor& target, double value) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_fill__Scalar(target.get(), value));
+}
+
+// The kernel of a function of tensors and numbers that returns a tensor or a tuple of them: it takes the arguments off
+// the stack and leaves the results there.
+template <auto function>
+struct Boxed;
+
+template <class Result, class... Parameters, Result (*function)(Parameters...)>
+struct Boxed<function> {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    STD_TORCH_CHECK(arguments == sizeof...(Parameters) && results == kResults,
+                    "quantkernels: a schema and its function differ");
+    leave(stack, std::apply(function, take(stack, std::index_sequence_for<Parameters...>{})));
+  }
+
+ private:
+  using Arguments = std::tuple<std::decay_t<Parameters>...>;
+
+  template <class T>
+  struct Count : std::integral_constant<uint64_t, 1> {};
+  template <class... T>
+  struct Count<std::tuple<T...>> : std::integral_constant<uint64_t, sizeof...(T)> {};
+  static constexpr uint64_t kResults = Count<Result>::value;
+
+  template <class T>
+  static T argument(StableIValue value) {
+    if constexpr (std::is_same_v<T, Tensor>) {
+      return Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
+    } else {
+      return torch::stable::detail::to<T>(value);
+    }
+  }
+
+  template <size_t... kIndex>
+  static Arguments take(StableIValue* stack, std::index_sequence<kIndex...>) {
+    return Arguments{argument<std::decay_t<Parameters>>(stack[kIndex])...};
+  }
+
+  static void leave(StableIValue* stack, Tensor result) { *stack = torch::stable::detail::from(result.release()); }
+  template <class... T>
+  static void leave(StableIValue* stack, std::tuple<T...> results) {
+    std::apply([&](T&... result) { (leave(stack++, std::move(result)), ...); }, results);
+  }
+};
+
+}  // namespace qk::ops
