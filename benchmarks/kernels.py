@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,8 +130,7 @@ class _Ways:
     def run(self, function: peers.Function) -> Callable[[], Tensor | tuple[Tensor, ...]]:
         if self.phase == FORWARD_BACKWARD:
             return _forward_backward(function, self.input, self.gradient)
-        x = self.input
-        return lambda: function(x)
+        return functools.partial(function, self.input)
 
     def expected(self, function: peers.Function) -> Callable[[], tuple[Tensor, ...]]:
         run = self.run(function)
@@ -167,14 +167,14 @@ def _qparams(setting: Setting, channels: int = 1) -> tuple[Tensor, Tensor]:
 def fake_quantize(setting: Setting, phase: str) -> Case:
     ways = _Ways.build(setting, phase)
     scale, zero_point = _qparams(setting)
-    grid = (_QUANT_MIN, _QUANT_MAX)
+    low, high = _QUANT_MIN, _QUANT_MAX
     step, zero = float(scale.item()), int(zero_point.item())
 
     def expected(x: Tensor) -> Tensor:
-        return reference.fake_quantize(x, scale, zero_point, *grid)
+        return reference.fake_quantize(x, scale, zero_point, low, high)
 
-    aten = ways.run(lambda x: torch.fake_quantize_per_tensor_affine(x, step, zero, *grid))
-    aten_tensors = ways.run(lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *grid))
+    aten = ways.run(lambda x: torch.fake_quantize_per_tensor_affine(x, step, zero, low, high))
+    aten_tensors = ways.run(lambda x: torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high))
     competition = {
         ATEN: Candidate(aten, _ONE_LEVEL, optional=True),
         ATEN_TENSORS: Candidate(aten_tensors, _ONE_LEVEL, optional=True),
@@ -184,7 +184,7 @@ def fake_quantize(setting: Setting, phase: str) -> Case:
         competition[COMPILED] = Candidate(ways.run(peers.compiled(expected)), _ONE_LEVEL, optional=True)
 
     def ours(x: Tensor) -> Tensor:
-        return functional.fake_quantize(x, scale, zero_point, *grid)
+        return functional.fake_quantize(x, scale, zero_point, low, high)
 
     passes, masks = (2, 1) if phase == FORWARD else (4, 2)
     return ways.case("fake_quantize", ours, expected, _bytes(setting, passes, masks), competition)

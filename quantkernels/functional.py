@@ -11,7 +11,8 @@ elsewhere; one bit per element is all that is kept for it.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +36,41 @@ _SMALLEST_SCALE = 2.0**-126
 
 _raw: Any = torch.ops.quantkernels
 
-# Operators are looked up once: the lookup by name costs as much as a small tensor's kernel. _MASKED holds the raw
-# quantizers that return (output, mask), and the same in place, which return the mask alone.
-_RAW_STRAIGHT_THROUGH: Any = _raw.straight_through.default
-_MASKED: dict[str, tuple[Any, Any]] = {
-    "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
-    "fake_quantize_per_tensor": (_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
-    "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
-    "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
-    "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
-}
+
+class _Operators(NamedTuple):
+    """Raw operators, looked up once: the lookup by name costs as much as a small tensor's kernel.
+
+    Attributes:
+        per_tensor: fake_quantize without an axis and an activation.
+        masked: by name, the quantizers that return (output, mask), and the same in place, which return the mask alone.
+    """
+
+    straight_through: Any
+    per_tensor: Any
+    masked: dict[str, tuple[Any, Any]]
+
+    @classmethod
+    def of(cls, way: Callable[[Any], Any]) -> _Operators:
+        quantizers = {
+            "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
+            "fake_quantize_per_tensor": (_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
+            "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
+            "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
+            "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
+        }
+        masked = {name: (way(operator), way(in_place)) for name, (operator, in_place) in quantizers.items()}
+        return cls(way(_raw.straight_through.default), masked["fake_quantize_per_tensor"][0], masked)
+
+
+# An operator called from Python goes through OpOverload.__call__, a frame of 0.25 us that forwards its arguments; only
+# torch.compile, which must know the operator, needs it.
+_TRACED = _Operators.of(lambda operator: operator)
+_EAGER = _Operators.of(lambda operator: getattr(operator, "_op", operator))
+_tracing = torch.compiler.is_dynamo_compiling
+
+
+def _operators() -> _Operators:
+    return _TRACED if _tracing() else _EAGER
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -114,7 +140,7 @@ def qparams(
 def _straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     if _needs_grad(grad_output):
         return _apply(_StraightThrough, grad_output, mask, memory_format)
-    grad_input: Tensor = _RAW_STRAIGHT_THROUGH(grad_output, mask, memory_format)
+    grad_input: Tensor = _operators().straight_through(grad_output, mask, memory_format)
     return grad_input
 
 
@@ -125,7 +151,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format
-        grad_input: Tensor = _RAW_STRAIGHT_THROUGH(grad_output, mask, memory_format)
+        grad_input: Tensor = _operators().straight_through(grad_output, mask, memory_format)
         return grad_input
 
     @staticmethod
@@ -143,10 +169,10 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
         if inplace:
-            output, mask = input, _MASKED[name][1](input, *arguments)
+            output, mask = input, _operators().masked[name][1](input, *arguments)
             ctx.mark_dirty(input)
         else:
-            output, mask = _MASKED[name][0](input, *arguments)
+            output, mask = _operators().masked[name][0](input, *arguments)
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format_index(output)
         return output
@@ -157,13 +183,13 @@ class _Masked(torch.autograd.Function):
         return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
 
 
-def _masked(name: str, input: Tensor, inplace: bool, *arguments: Any) -> Tensor:
+def _masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
     if _needs_grad(input):
         return _apply(_Masked, input, name, inplace, arguments)
     if inplace:
-        _MASKED[name][1](input, *arguments)
+        _operators().masked[name][1](input, *arguments)
         return input
-    output: Tensor = _MASKED[name][0](input, *arguments)[0]
+    output: Tensor = _operators().masked[name][0](input, *arguments)[0]
     return output
 
 
@@ -219,17 +245,21 @@ def fake_quantize(
     """
     tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
     if tensors and axis is None and bounds is None:
-        return _masked("fake_quantize_per_tensor", input, inplace, scale, zero_point, quant_min, quant_max)
+        if inplace or _needs_grad(input):
+            return _masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
+        per_tensor = (_TRACED if _tracing() else _EAGER).per_tensor
+        output: Tensor = per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
+        return output
     low, high = bounds or _NO_BOUNDS
     if tensors:
-        return _masked("fake_quantize", input, inplace, scale, zero_point, quant_min, quant_max, axis, low, high)
+        return _masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
     if isinstance(scale, Tensor) or isinstance(zero_point, Tensor) or axis is not None:
         scale = _as_tensor("scale", scale, torch.float32, input)
         zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
-        return _masked("fake_quantize", input, inplace, scale, zero_point, quant_min, quant_max, axis, low, high)
+        return _masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
     _check_number("scale", scale)
     _check_number("zero_point", zero_point)
-    return _masked("fake_quantize_number", input, inplace, scale, zero_point, quant_min, quant_max, low, high)
+    return _masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
 
 
 def observe_fake_quantize(
@@ -284,7 +314,7 @@ def observe_fake_quantize(
     low, high = bounds or _NO_BOUNDS
     state = (range, scale, zero_point, step, quant_min, quant_max)
     options = (symmetric, axis, momentum, quant_start_step, observe, advance_step, low, high)
-    return _masked("observe_fake_quantize", input, inplace, *state, *options)
+    return _masked("observe_fake_quantize", input, inplace, state + options)
 
 
 def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -377,7 +407,7 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
     """
     if bits == 32:
         return input
-    return _masked("dorefa_activation", input, inplace, bits)
+    return _masked("dorefa_activation", input, inplace, (bits,))
 
 
 class _DoReFaGradient(torch.autograd.Function):

@@ -66,9 +66,9 @@ def emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def install(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts `operators` in the place of ``torch.ops.quantkernels``, also where functional has looked them up before."""
     monkeypatch.setattr(functional, "_raw", operators)
-    monkeypatch.setattr(functional, "_RAW_STRAIGHT_THROUGH", operators.straight_through)
-    masked = {name: (getattr(operators, name), getattr(operators, f"{name}_")) for name in functional._MASKED}
-    monkeypatch.setattr(functional, "_MASKED", masked)
+    masked = {name: (getattr(operators, name), getattr(operators, f"{name}_")) for name in functional._EAGER.masked}
+    emulated = functional._Operators(operators.straight_through, operators.fake_quantize_per_tensor, masked)
+    monkeypatch.setattr(functional, "_EAGER", emulated)
 
 
 class Recorder:
