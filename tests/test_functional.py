@@ -73,6 +73,24 @@ def test_fake_quantize_per_channel(shape: tuple[int, ...], axis: int, dtype: tor
         assert_matches_reference("fake_quantize", x, scale, zero_point, -8, 7, axis, bounds=(0.0, 1.0))
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8, 12])
+def test_fake_quantize_per_channel_next_to_the_ends_of_the_grid(bits: int) -> None:
+    """In the last dimension, where the clamp may end with the gradient: at the very floats where both change."""
+    generator = torch.Generator().manual_seed(bits)
+    scale = torch.exp2(torch.randn(96, generator=generator) * 25).clamp(2.0**-96, 2.0**96)
+    extreme = scale.clone()
+    extreme[40] = 2.0**-100
+    awkward = cases.awkward_values(torch.float32)[:, None].expand(-1, 96)
+    for scales in (scale, extreme):
+        for zero_point in (0, 2 ** (bits - 1), 2**bits - 1):
+            ends = (-zero_point - 1, 2**bits - 1 - zero_point)
+            ties = [cases.near_ties(float(s), range(end, end + 1)) for s in scales for end in ends]
+            x = torch.cat([torch.stack(ties).view(96, -1).T, awkward])
+            zero_points = torch.full((96,), zero_point, dtype=torch.int32)
+            for bounds in (None, (0.0, 6.0)):
+                assert_matches_reference("fake_quantize", x, scales, zero_points, 0, 2**bits - 1, 1, bounds=bounds)
+
+
 def test_fake_quantize_per_channel_with_mixed_modes() -> None:
     scale = torch.tensor([0.1, 2.0**-120, 1e30, 0.5, 1e-3, 0.01, 7.0])
     zero_point = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)

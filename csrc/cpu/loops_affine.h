@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -129,6 +130,8 @@ class ChannelsOfEntries {
   int64_t channels_, repeats_, channel_, repeat_;
 };
 
+inline bool has_activation(const AffineJob& job) { return job.low > -INFINITY || job.high < INFINITY; }
+
 // The constants of kLanes slots, which belong to these channels.
 template <class T>
 QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes], TablePage<T>& page, int64_t slot) {
@@ -155,10 +158,12 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
   using V = Vector<T>;
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
-  page.store(
-      slot,
-      make_constants(V::load(scale), V::load(level_min), V::load(level_max), V::broadcast(low), V::broadcast(high)),
-      modes);
+  AffineConstants<V> constants =
+      make_constants(V::load(scale), V::load(level_min), V::load(level_max), V::broadcast(low), V::broadcast(high));
+  constexpr uint8_t kDivide = static_cast<uint8_t>(AffineMode::kDivide);
+  const bool all_reciprocal = std::find(modes, modes + kLanes, kDivide) == modes + kLanes;
+  if (all_reciprocal && !has_activation(job)) clamp_to_passing(constants);
+  page.store(slot, constants, modes);
   if (job.range == nullptr && job.step == nullptr) return;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!passes_through(job, channel[lane])) continue;
@@ -241,14 +246,13 @@ class SegmentWalk {
   // One vector that crosses a segment's end or the tensor's: computed once per channel in it, each keeps its lanes.
   void mixed_vector() {
     const int64_t valid = std::min<int64_t>(kLanes, end_ - position_);
-    S in[kLanes] = {};
+    const Padded<S> in(x_ + position_, valid);
     S out[kLanes];
-    std::copy_n(x_ + position_, valid, in);
     LaneBits all = 0;
     for (int64_t lane = 0; lane < valid;) {
       const int64_t stop = std::min(valid, segment_end_ - position_);
       LaneBits bits = 0;
-      quantize_vectors<Store::kCached>(in, out, reinterpret_cast<uint8_t*>(&bits), 1, grid_);
+      quantize_vectors<Store::kCached>(in.element, out, reinterpret_cast<uint8_t*>(&bits), 1, grid_);
       std::copy(out + lane, out + stop, y_ + position_ + lane);
       all |= static_cast<LaneBits>(bits & ((1u << stop) - (1u << lane)));
       lane = stop;
@@ -268,16 +272,31 @@ class SegmentWalk {
   int64_t position_, end_, segment_end_, channel_;
 };
 
-// One vector: quantized, stored, one bit per element.
-template <AffineMode mode, Store store, class S, class V>
-QK_INLINE LaneBits quantize_vector(V value, S* y, const AffineConstants<V>& c) {
+// One vector: quantized, stored, one bit per element. Without an activation the clamp ends where the gradient does, and
+// two constants less are loaded.
+template <AffineMode mode, bool active, Store store, class S, class T>
+QK_INLINE LaneBits quantize_vector(const S* x, S* y, const TablePage<T>& page, int64_t slot) {
+  const Vector<T> value = Vector<T>::load(x);
+  const AffineConstants<Vector<T>> c = page.load(slot);
   put<store>(fake_quantize_element<mode>(value, c), y);
-  return gradient_passes(value, c);
+  if constexpr (mode == AffineMode::kReciprocal && !active) {
+    return inclusively_between(value, c.clamp_low, c.clamp_high);
+  } else {
+    return gradient_passes(value, c);
+  }
+}
+
+// The same for a vector by itself, with the constants of `entry`. Inlined into its loop, g++ would make it scalar on
+// the baseline tier, which takes four times as long.
+template <AffineMode mode, bool active, Store store, class S, class T = typename ComputeType<S>::type>
+[[gnu::noinline]] LaneBits quantize_vector_at(const S* x, S* y, const AffineTable& table, int64_t entry) {
+  const TablePage<T> page(table, entry / AffineTable::kEntries);
+  return quantize_vector<mode, active, store>(x, y, page, entry % AffineTable::kEntries);
 }
 
 // Consecutive blocks, whose constants begin at `slot` of a page and begin again at 0 behind `entries`. All is in
 // variables here, nothing in members: for all the compiler knows, a store to the mask's bytes changes a member.
-template <AffineMode mode, Store store, class S, class T>
+template <AffineMode mode, bool active, Store store, class S, class T>
 void quantize_blocks(const S* x, S* y, uint8_t* mask, int64_t blocks, const TablePage<T> page, int64_t slot,
                      int64_t entries) {
   const int64_t advance = kBlock % entries;
@@ -286,7 +305,7 @@ void quantize_blocks(const S* x, S* y, uint8_t* mask, int64_t blocks, const Tabl
     if constexpr (kPrefetchesBesideConstants<T>) prefetch_vectors<kBlockVectors>(x + i);
     for (int v = 0; v < kBlockVectors; ++v) {
       const int64_t at = v * kLanes;
-      bits[v] = quantize_vector<mode, store>(Vector<T>::load(x + i + at), y + i + at, page.load(slot + at));
+      bits[v] = quantize_vector<mode, active, store>(x + i + at, y + i + at, page, slot + at);
     }
     std::memcpy(mask + i / 8, bits, sizeof(bits));
     slot += advance;
@@ -295,16 +314,11 @@ void quantize_blocks(const S* x, S* y, uint8_t* mask, int64_t blocks, const Tabl
 }
 
 // A part whose vectors cross channels, over a table with an entry per element of a row.
-template <AffineMode mode, Store store, class S, class T = typename ComputeType<S>::type>
+template <AffineMode mode, bool active, Store store, class S, class T = typename ComputeType<S>::type>
 void quantize_rows(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
-  using V = Vector<T>;
   const S* const x = static_cast<const S*>(job.input);
   S* const y = static_cast<S*>(job.output);
   const int64_t row = job.view.channels * job.view.inner;
-  const auto constants_at = [&](int64_t i) QK_INLINE_LAMBDA {
-    const int64_t entry = i % row;
-    return TablePage<T>(table, entry / AffineTable::kEntries).load(entry % AffineTable::kEntries);
-  };
   int64_t i = begin;
   while (kIsInRegisters<T> && i + kBlock <= end) {
     const int64_t page = i % row / AffineTable::kEntries;
@@ -313,22 +327,24 @@ void quantize_rows(const AffineJob& job, const AffineTable& table, int64_t begin
     const int64_t to_end = (end - i) / kBlock;
     // One page goes round and round; of several each is left at its end, past which its last block may go.
     const int64_t blocks = row == entries ? to_end : std::min(to_end, (entries - slot + kBlock - 1) / kBlock);
-    quantize_blocks<mode, store>(x + i, y + i, job.mask + i / 8, blocks, TablePage<T>(table, page), slot, entries);
+    quantize_blocks<mode, active, store>(x + i, y + i, job.mask + i / 8, blocks, TablePage<T>(table, page), slot,
+                                         entries);
     i += blocks * kBlock;
   }
-  for (; i + kLanes <= end; i += kLanes) {
-    const LaneBits bits = quantize_vector<mode, store>(V::load(x + i), y + i, constants_at(i));
+  int64_t entry = i % row;
+  for (const int64_t advance = kLanes % row; i + kLanes <= end; i += kLanes) {
+    const LaneBits bits = quantize_vector_at<mode, active, store>(x + i, y + i, table, entry);
     std::memcpy(job.mask + i / 8, &bits, sizeof(bits));
+    entry += advance;
+    entry -= entry < row ? 0 : row;
   }
-  if (i < end) {
-    S in[kLanes] = {};
-    S out[kLanes];
-    std::copy(x + i, x + end, in);
-    const LaneBits all = quantize_vector<mode, Store::kCached>(V::load(in), out, constants_at(i));
-    std::copy_n(out, end - i, y + i);
-    const LaneBits bits = all & static_cast<LaneBits>((1u << (end - i)) - 1);
-    std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
-  }
+  if (i == end) return;
+  S last[kLanes];
+  const LaneBits all =
+      quantize_vector_at<mode, active, Store::kCached>(Padded<S>(x + i, end - i).element, last, table, entry);
+  std::copy_n(last, end - i, y + i);
+  const LaneBits bits = all & static_cast<LaneBits>((1u << (end - i)) - 1);
+  std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
 }
 
 template <Store store, class S>
@@ -336,8 +352,9 @@ void fake_quantize_typed(const AffineJob& job, const AffineTable& table, int64_t
   if (AffineTable::has_entry_per_element(job.view) && !table_has(table, AffineMode::kPassThrough)) {
     // Dividing is right for every channel.
     if (table_has(table, AffineMode::kDivide))
-      return quantize_rows<AffineMode::kDivide, store, S>(job, table, begin, end);
-    return quantize_rows<AffineMode::kReciprocal, store, S>(job, table, begin, end);
+      return quantize_rows<AffineMode::kDivide, true, store, S>(job, table, begin, end);
+    if (has_activation(job)) return quantize_rows<AffineMode::kReciprocal, true, store, S>(job, table, begin, end);
+    return quantize_rows<AffineMode::kReciprocal, false, store, S>(job, table, begin, end);
   }
   SegmentWalk<store, S>(job, table, begin, end).run();
 }

@@ -17,14 +17,6 @@ QK_INLINE Levels<V> broadcast(const Levels<T>& levels) {
   return {V::broadcast(levels.n), V::broadcast(levels.inverse_high), V::broadcast(levels.inverse_low)};
 }
 
-// The last elements of a run, filled up with zeros to a whole vector.
-template <class S>
-struct Padded {
-  S element[kLanes] = {};
-
-  Padded(const S* from, int64_t count) { std::copy_n(from, count, element); }
-};
-
 // out[i] = f(in[i]...) for i in [begin, end), two vectors at a time; f takes single vectors and twins.
 template <Store store, class S, class F, class... In>
 QK_INLINE void map_vectors(int64_t begin, int64_t end, S* out, const F& f, const In*... in) {

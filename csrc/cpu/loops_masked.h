@@ -2,12 +2,21 @@
 // behind the tier's vector header.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
 
 QK_NAMESPACE_BEGIN
+
+// The last elements of a run, filled up with zeros to a whole vector.
+template <class S>
+struct Padded {
+  S element[kLanes] = {};
+
+  Padded(const S* from, int64_t count) { std::copy_n(from, count, element); }
+};
 
 // Of `count` whole vectors those that make blocks, by pairs of vectors; returns how many.
 template <class Pairs, Store store, class S, class F, class Passes>

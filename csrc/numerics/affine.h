@@ -15,10 +15,10 @@
 // With 24-bit significands the error before the last rounding is below 2^-48 (x/2 + 1) for x, scale in [1, 2). A
 // quotient that is not a midpoint between two floats is at least 2^-47 / scale (x >= scale) or 2^-48 / scale (x <
 // scale) away from one. The first case is proved by these bounds alone; in the second only the least distance is open,
-// which for each midpoint M (25 bits) is met by the significands S = +-1/M mod 2^25 alone. Next to the ties k + 1/2, k
-// < 2^11, no such S is a normalised significand (tests/test_numerics.py enumerates them), so rint of the quotient is
-// exact for grids within
-// +-2^11 of the zero point; wider grids and extreme scales divide.
+// which for each midpoint M (25 bits) is met by the significands S = +-1/M mod 2^25 alone. Next to the ties k + 1/2,
+// k <= 2^11, no such S is a normalised significand (tests/test_numerics.py enumerates them), so rint of the quotient is
+// exact for grids within +-2^11 of the zero point, up to the first x past their ends; wider grids and extreme scales
+// divide.
 //
 // For float64 no case is open, whatever the grid and the scale. The scale is a widened float32, so a tie times the
 // scale is exact in float64, and an x other than that is at least a unit in the last place away. Divided by a
@@ -140,6 +140,14 @@ QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V
   c.pass_low = select_less(below, low, low, below);
   c.pass_high = select_less(high, above, high, above);
   return c;
+}
+
+// Without an activation in front, x may as well be clamped to what passes the gradient: the quotients that round to the
+// grid. Two constants then decide both. For kReciprocal, whose scale is moderate.
+template <class V>
+QK_INLINE void clamp_to_passing(AffineConstants<V>& c) {
+  c.clamp_low = offset_bits(c.pass_low, -1);  // of a negative number: toward zero
+  c.clamp_high = offset_bits(c.pass_high, -1);
 }
 
 // The constants of a channel that is not quantized.

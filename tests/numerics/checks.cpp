@@ -101,7 +101,7 @@ void reciprocal_open_cases() {
     }
     ++cases;
   };
-  for (int k = 0; k < qk::kReciprocalGridLimit; ++k) {
+  for (int k = 0; k <= qk::kReciprocalGridLimit; ++k) {
     const double tie = k + 0.5;
     const int exponent = std::ilogb(tie);
     const uint32_t m = static_cast<uint32_t>(std::ldexp(tie, 24 - exponent));
@@ -112,7 +112,7 @@ void reciprocal_open_cases() {
       midpoint((1u << 25) - 1, exponent - 1);  // below 1/2 floats are twice as dense
     }
   }
-  std::printf("midpoints next to ties: %d, significands to run: %ld\n", 2 * qk::kReciprocalGridLimit, candidates);
+  std::printf("midpoints next to ties: %d, significands to run: %ld\n", 2 * (qk::kReciprocalGridLimit + 1), candidates);
 }
 
 // rint of the two-multiplication quotient next to ties, for many scales.
@@ -124,7 +124,7 @@ void reciprocal_next_to_ties() {
     const auto grid = qk::make_affine<float>(scale, 0, -2048, 2047, -INFINITY, INFINITY);
     expect(grid.mode == qk::AffineMode::kReciprocal, "mode", scale);
     for (int j = 0; j < 64; ++j) {
-      const int k = static_cast<int>(random() % 4094) - 2047;
+      const int k = static_cast<int>(random() % 4098) - 2049;
       float x = static_cast<float>((k + 0.5) * static_cast<double>(scale));
       for (int step = 0; step < 3; ++step, x = std::nextafter(x, INFINITY)) {
         const float quotient = qk::fused_multiply_add(x, grid.constants.inverse_high, x * grid.constants.inverse_low);
