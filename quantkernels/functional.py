@@ -51,15 +51,17 @@ class _Operators(NamedTuple):
 
     @classmethod
     def of(cls, way: Callable[[Any], Any]) -> _Operators:
+        """The operators as `way` makes them of ``torch.ops.quantkernels``'s."""
+        raw: Any = torch.ops.quantkernels
         quantizers = {
-            "fake_quantize": (_raw.fake_quantize.default, _raw.fake_quantize_.default),
-            "fake_quantize_per_tensor": (_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
-            "fake_quantize_number": (_raw.fake_quantize.number, _raw.fake_quantize_.number),
-            "observe_fake_quantize": (_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
-            "dorefa_activation": (_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
+            "fake_quantize": (raw.fake_quantize.default, raw.fake_quantize_.default),
+            "fake_quantize_per_tensor": (raw.fake_quantize.per_tensor, raw.fake_quantize_.per_tensor),
+            "fake_quantize_number": (raw.fake_quantize.number, raw.fake_quantize_.number),
+            "observe_fake_quantize": (raw.observe_fake_quantize.default, raw.observe_fake_quantize_.default),
+            "dorefa_activation": (raw.dorefa_activation.default, raw.dorefa_activation_.default),
         }
         masked = {name: (way(operator), way(in_place)) for name, (operator, in_place) in quantizers.items()}
-        return cls(way(_raw.straight_through.default), masked["fake_quantize_per_tensor"][0], masked)
+        return cls(way(raw.straight_through.default), masked["fake_quantize_per_tensor"][0], masked)
 
 
 # An operator called from Python goes through OpOverload.__call__, a frame of 0.25 us that forwards its arguments; only

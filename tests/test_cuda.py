@@ -27,6 +27,7 @@ from test_functional import (  # noqa: F401  collected here once more, with the 
     test_fake_quantize_layouts,
     test_fake_quantize_next_to_ties,
     test_fake_quantize_per_channel,
+    test_fake_quantize_per_channel_next_to_the_ends_of_the_grid,
     test_fake_quantize_per_channel_with_mixed_modes,
     test_fake_quantize_random_scales_next_to_ties,
     test_fake_quantize_sizes,
@@ -50,28 +51,39 @@ from quantkernels import functional, reference
 class OperatorsOnGpu:
     """Stands in for ``torch.ops.quantkernels``: copies tensors to the GPU, results and mutated arguments back."""
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        operator = getattr(torch.ops.quantkernels, name)
+    def __init__(self) -> None:
+        self.calls = 0
 
+    def on_gpu(self, operator: Any) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
+            self.calls += 1
             copies = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
             results = operator(*copies)
-            for schema, argument, copy in zip(operator.default._schema.arguments, arguments, copies, strict=True):
+            for schema, argument, copy in zip(operator._schema.arguments, arguments, copies, strict=True):
                 if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
                     argument.copy_(copy)
             return tuple(r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
 
         return call
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return self.on_gpu(getattr(torch.ops.quantkernels, name).default)
+
 
 @pytest.fixture(autouse=True)
 def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if device.type != "cuda":
         pytest.skip("run with --device cuda")
-    if request.function.__module__ == "test_functional":
-        monkeypatch.setattr(functional, "_raw", OperatorsOnGpu())
+    if request.function.__module__ != "test_functional":
+        yield
+        torch.cuda.synchronize()
+        return
+    operators = OperatorsOnGpu()
+    monkeypatch.setattr(functional, "_raw", operators)
+    monkeypatch.setattr(functional, "_EAGER", functional._Operators.of(operators.on_gpu))
     yield
-    torch.cuda.synchronize()
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    assert operators.calls > 0 or parameters.get("bits") == 32, "no operator ran on the GPU, and 32 bits need none"
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
