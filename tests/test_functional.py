@@ -450,6 +450,46 @@ def test_dorefa_weight_shows_what_is_not_finite() -> None:
         assert functional.dorefa_weight(torch.tensor([1.0, math.nan, -1.0]), bits).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_results_too_large_for_a_cache(dtype: torch.dtype) -> None:
+    """Beyond 32 MB the CPU kernels store past the caches: a block over and over, against the reference of the block."""
+    rows = 1000
+    copies = 2**25 // dtype.itemsize // (96 * rows) + 1
+    scale, zero_point = cases.channel_parameters(96, -8, 7)
+    block = cases.sample((rows, 96), dtype)
+    gradient = cases.sample((rows, 96), dtype, seed=7).nan_to_num(1.0, 2.0, 3.0)
+    for name, transpose, arguments in (
+        ("fake_quantize", False, (0.1, 1, -8, 7)),
+        ("fake_quantize", False, (scale, zero_point, -8, 7, 1)),
+        ("fake_quantize", True, (scale, zero_point, -8, 7, 0)),
+        ("dorefa_activation", False, (4,)),
+    ):
+        results = []
+        for module, times in ((functional, copies), (reference, 1)):
+            x, g = (t.repeat(times, 1) for t in (block, gradient))
+            if transpose:
+                x, g = x.T.contiguous(), g.T.contiguous()
+            x.requires_grad_()
+            y = getattr(module, name)(x, *arguments)
+            y.backward(g)
+            assert x.grad is not None
+            results.append([t.T if transpose else t for t in (y.detach(), x.grad)])
+        for actual, expected in zip(*results, strict=True):
+            assert_same_bits(actual, expected.repeat(copies, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dorefa_gradients_too_large_for_a_cache(dtype: torch.dtype) -> None:
+    gradient = cases.sample((2**25 // dtype.itemsize // 96 + 1, 96), dtype).nan_to_num(1.0, 2.0, 3.0)
+    results = []
+    for module in (functional, reference):
+        x = torch.zeros_like(gradient).requires_grad_()
+        module.dorefa_gradient(x, torch.tensor([7, 3]), 4).backward(gradient)
+        assert x.grad is not None
+        results.append(x.grad)
+    assert_same_bits(*results)
+
+
 def test_results_do_not_depend_on_threads() -> None:
     x = torch.randn(300_001)
     w = torch.randn(300_001)

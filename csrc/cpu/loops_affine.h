@@ -74,7 +74,8 @@ class TablePage {
     return {V::load(c),         V::load(c + d),     V::load(c + 2 * d), V::load(c + 3 * d),
             V::load(c + 4 * d), V::load(c + 5 * d), V::load(c + 6 * d)};
   }
-  QK_INLINE void store(int64_t slot, const AffineConstants<Vector<T>>& values, const uint8_t (&modes)[kLanes]) {
+  // `reciprocal`: which lanes have this mode; the others divide.
+  QK_INLINE void store(int64_t slot, const AffineConstants<Vector<T>>& values, LaneBits reciprocal) {
     constexpr int64_t d = AffineTable::kSlots;
     T* c = constants_ + slot;
     values.scale.store(c);
@@ -84,7 +85,10 @@ class TablePage {
     values.clamp_high.store(c + 4 * d);
     values.pass_low.store(c + 5 * d);
     values.pass_high.store(c + 6 * d);
-    std::memcpy(modes_ + slot, modes, sizeof(modes));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      modes_[slot + lane] =
+          static_cast<uint8_t>((reciprocal >> lane & 1) != 0 ? AffineMode::kReciprocal : AffineMode::kDivide);
+    }
   }
 
  private:
@@ -118,6 +122,11 @@ class ChannelsOfEntries {
         repeat_(entry % repeats_) {}
 
   QK_INLINE void next(int64_t (&channel)[kLanes]) {
+    if (repeats_ == 1 && channel_ + kLanes < channels_) {
+      for (int lane = 0; lane < kLanes; ++lane) channel[lane] = channel_ + lane;
+      channel_ += kLanes;
+      return;
+    }
     for (int lane = 0; lane < kLanes; ++lane) {
       channel[lane] = channel_;
       if (++repeat_ < repeats_) continue;
@@ -146,24 +155,27 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
       zero_point[lane] = job.zero_point[channel[lane]];
     }
   }
-  T level_min[kLanes], level_max[kLanes];
-  uint8_t modes[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t least = int64_t{job.quant_min} - zero_point[lane];
-    const int64_t most = int64_t{job.quant_max} - zero_point[lane];
-    level_min[lane] = static_cast<T>(least);
-    level_max[lane] = static_cast<T>(most);
-    modes[lane] = static_cast<uint8_t>(tier_mode<T>(affine_mode<T>(scale[lane], least, most)));
-  }
+  T least[kLanes], most[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) least[lane] = static_cast<T>(int64_t{job.quant_min} - zero_point[lane]);
+  for (int lane = 0; lane < kLanes; ++lane) most[lane] = static_cast<T>(int64_t{job.quant_max} - zero_point[lane]);
   using V = Vector<T>;
+  const V scales = V::load(scale), level_min = V::load(least), level_max = V::load(most);
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
-  AffineConstants<V> constants =
-      make_constants(V::load(scale), V::load(level_min), V::load(level_max), V::broadcast(low), V::broadcast(high));
-  constexpr uint8_t kDivide = static_cast<uint8_t>(AffineMode::kDivide);
-  const bool all_reciprocal = std::find(modes, modes + kLanes, kDivide) == modes + kLanes;
-  if (all_reciprocal && !has_activation(job)) clamp_to_passing(constants);
-  page.store(slot, constants, modes);
+  const auto make = [&](auto mode) QK_INLINE_LAMBDA {
+    return make_constants<decltype(mode)::value>(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
+  };
+  constexpr LaneBits kAll = static_cast<LaneBits>(-1);
+  const LaneBits reciprocal =
+      kHasFusedMultiplyAdd<T> ? reciprocal_divides<T>(scales, level_min, level_max) : LaneBits{0};
+  AffineConstants<V> constants;
+  if (reciprocal == kAll) {
+    constants = make(std::integral_constant<AffineMode, AffineMode::kReciprocal>{});
+    if (!has_activation(job)) clamp_to_passing(constants);
+  } else {
+    constants = make(std::integral_constant<AffineMode, AffineMode::kDivide>{});
+  }
+  page.store(slot, constants, reciprocal);
   if (job.range == nullptr && job.step == nullptr) return;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!passes_through(job, channel[lane])) continue;

@@ -95,6 +95,13 @@ struct AffineConstants {
   V pass_low, pass_high;    // the gradient passes strictly between
 };
 
+// x / scale, or near a tie what rounds to the same integer.
+template <AffineMode mode, class V>
+QK_INLINE V quotient(V x, const AffineConstants<V>& c) {
+  if constexpr (mode == AffineMode::kDivide) return x / c.scale;
+  return fused_multiply_add(x, c.inverse_high, x * c.inverse_low);
+}
+
 template <class T>
 struct AffineGrid {
   AffineConstants<T> constants;
@@ -104,37 +111,39 @@ struct AffineGrid {
 // The least x with rint(x / scale) > level, or infinity; for level >= 0. It is within two floats of the rounded
 // product, and rint of the quotient is monotonic, so the last of the descending candidates that fulfils this is the
 // least.
-template <class V>
-QK_INLINE V first_above(V level, V scale) {
-  const V tie = (level + constant_like(level, 0.5f)) * scale;
+template <AffineMode mode, class V>
+QK_INLINE V first_above(V level, const AffineConstants<V>& c) {
+  const V tie = (level + constant_like(level, 0.5f)) * c.scale;
   V least = tie + constant_like(tie, INFINITY);  // infinity, or a NaN of the scale
   for (int steps = 2; steps >= -2; --steps) {
     const V x = offset_bits(tie, steps);
-    least = select_less(level, round_even(x / scale), x, least);
+    least = select_less(level, round_even(quotient<mode>(x, c)), x, least);
   }
   return least;
 }
 
 // In float64 the product is exact (above): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
 // a number is between half a unit and one and a half units in its last place.
-QK_INLINE double first_above(double level, double scale) {
-  const double tie = (level + 0.5) * scale;
+template <AffineMode>
+QK_INLINE double first_above(double level, const AffineConstants<double>& c) {
+  const double tie = (level + 0.5) * c.scale;
   return round_even(level + 0.5) > level ? tie : tie + tie * 0x1.8p-53;
 }
 
-// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point.
-template <class V>
+// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point. With kReciprocal, for scales
+// and grids that have this mode, the same as with kDivide, faster.
+template <AffineMode mode, class V>
 QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V low, V high) {
   const V zero = constant_like(scale, 0.0f);
   const V one = constant_like(scale, 1.0f);
   const V grid_low = level_min * scale;
   const V grid_high = level_max * scale;
-  const V above = first_above(level_max, scale);
-  const V below = zero - first_above(zero - level_min, scale);
   AffineConstants<V> c;
   c.scale = scale;
   c.inverse_high = one / scale;
   c.inverse_low = fused_multiply_add(zero - c.inverse_high, scale, one) / scale;
+  const V above = first_above<mode>(level_max, c);
+  const V below = zero - first_above<mode>(zero - level_min, c);
   c.clamp_low = clamp(low, grid_low, grid_high);
   c.clamp_high = clamp(high, grid_low, grid_high);
   c.pass_low = select_less(below, low, low, below);
@@ -157,21 +166,26 @@ QK_INLINE AffineConstants<V> make_pass_through(V low, V high) {
   return {one, one, constant_like(low, 0.0f), low, high, low, high};
 }
 
-template <class T>
-QK_INLINE AffineMode affine_mode(float scale, int64_t level_min, int64_t level_max) {
-  const bool narrow = level_min >= -kReciprocalGridLimit && level_max <= kReciprocalGridLimit;
+// Whether two multiplications divide by `scale`: a bool for scalars of type T, one bit per lane for vectors of them.
+template <class T, class V>
+QK_INLINE auto reciprocal_divides(V scale, V level_min, V level_max) {
+  const auto c = [scale](float value) { return constant_like(scale, value); };
   // Between these scales neither the reciprocal nor the residual leaves the normal range.
-  const bool moderate = scale >= 0x1p-96f && scale <= 0x1p96f;
-  return sizeof(T) == sizeof(double) || (narrow && moderate) ? AffineMode::kReciprocal : AffineMode::kDivide;
+  const auto moderate = inclusively_between(scale, c(0x1p-96f), c(0x1p96f));
+  const auto not_below = inclusively_between(level_min, c(-kReciprocalGridLimit), level_max);
+  const auto not_above = inclusively_between(level_max, level_min, c(kReciprocalGridLimit));
+  const int all = sizeof(T) == sizeof(double) ? -1 : 0;
+  return static_cast<decltype(moderate)>(all | (moderate & not_below & not_above));
 }
 
 // T is float, or double for float64 tensors (whose scale is the widened float32). zero_point in [quant_min, quant_max].
 template <class T>
 QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
                                     T high) {
-  const int64_t level_min = int64_t{quant_min} - zero_point;
-  const int64_t level_max = int64_t{quant_max} - zero_point;
-  return {make_constants(T(scale), T(level_min), T(level_max), low, high), affine_mode<T>(scale, level_min, level_max)};
+  const T level_min = static_cast<T>(int64_t{quant_min} - zero_point);
+  const T level_max = static_cast<T>(int64_t{quant_max} - zero_point);
+  return {make_constants<AffineMode::kDivide>(T(scale), level_min, level_max, low, high),
+          reciprocal_divides<T>(T(scale), level_min, level_max) ? AffineMode::kReciprocal : AffineMode::kDivide};
 }
 
 template <AffineMode mode, class V>
