@@ -284,15 +284,15 @@ class SegmentWalk {
   int64_t position_, end_, segment_end_, channel_;
 };
 
-// One vector: quantized, stored, one bit per element. Without an activation the clamp ends where the gradient does, and
-// two constants less are loaded.
+// One vector: quantized, stored, one bit per element. Without an activation the clamp ends where the gradient does, so
+// that two constants less are loaded.
 template <AffineMode mode, bool active, Store store, class S, class T>
 QK_INLINE LaneBits quantize_vector(const S* x, S* y, const TablePage<T>& page, int64_t slot) {
   const Vector<T> value = Vector<T>::load(x);
   const AffineConstants<Vector<T>> c = page.load(slot);
   put<store>(fake_quantize_element<mode>(value, c), y);
   if constexpr (mode == AffineMode::kReciprocal && !active) {
-    return inclusively_between(value, c.clamp_low, c.clamp_high);
+    return equal(value, clamp(value, c.clamp_low, c.clamp_high));
   } else {
     return gradient_passes(value, c);
   }

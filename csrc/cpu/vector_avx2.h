@@ -123,6 +123,9 @@ QK_INLINE F32 offset_bits(F32 x, int count) { return {offset_bits(x.low, count),
 QK_INLINE LaneBits lane_bits(__m256 low, __m256 high) {
   return static_cast<LaneBits>(_mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8);
 }
+QK_INLINE LaneBits equal(F32 a, F32 b) {
+  return lane_bits(_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ));
+}
 QK_INLINE LaneBits strictly_between(F32 x, F32 low, F32 high) {
   return lane_bits(
       _mm256_and_ps(_mm256_cmp_ps(x.low, low.low, _CMP_GT_OQ), _mm256_cmp_ps(x.low, high.low, _CMP_LT_OQ)),
@@ -242,6 +245,7 @@ QK_INLINE LaneBits between(F64 x, F64 low, F64 high) {
   }
   return static_cast<LaneBits>(bits);
 }
+QK_INLINE LaneBits equal(F64 a, F64 b) { return between<_CMP_EQ_OQ, _CMP_EQ_OQ>(a, b, b); }
 QK_INLINE LaneBits strictly_between(F64 x, F64 low, F64 high) { return between<_CMP_GT_OQ, _CMP_LT_OQ>(x, low, high); }
 QK_INLINE LaneBits inclusively_between(F64 x, F64 low, F64 high) {
   return between<_CMP_GE_OQ, _CMP_LE_OQ>(x, low, high);

@@ -90,6 +90,7 @@ QK_INLINE F32 offset_bits(F32 x, int count) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.value), _mm512_set1_epi32(count)))};
 }
 
+QK_INLINE LaneBits equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.value, b.value, _CMP_EQ_OQ); }
 QK_INLINE LaneBits strictly_between(F32 x, F32 low, F32 high) {
   const __mmask16 above = _mm512_cmp_ps_mask(x.value, low.value, _CMP_GT_OQ);
   return _mm512_mask_cmp_ps_mask(above, x.value, high.value, _CMP_LT_OQ);
@@ -223,6 +224,9 @@ QK_INLINE F64 copy_sign(F64 magnitude, F64 sign) {
           _mm512_or_pd(_mm512_andnot_pd(bit, magnitude.high), _mm512_and_pd(bit, sign.high))};
 }
 QK_INLINE LaneBits lane_bits(__mmask8 low, __mmask8 high) { return static_cast<LaneBits>(low | high << 8); }
+QK_INLINE LaneBits equal(F64 a, F64 b) {
+  return lane_bits(_mm512_cmp_pd_mask(a.low, b.low, _CMP_EQ_OQ), _mm512_cmp_pd_mask(a.high, b.high, _CMP_EQ_OQ));
+}
 QK_INLINE LaneBits strictly_between(F64 x, F64 low, F64 high) {
   return lane_bits(
       _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(x.low, low.low, _CMP_GT_OQ), x.low, high.low, _CMP_LT_OQ),

@@ -232,6 +232,12 @@ QK_INLINE LaneBits inclusively_between(Lanes<T> x, Lanes<T> low, Lanes<T> high) 
     bits |= static_cast<LaneBits>((x.lane[i] >= low.lane[i]) & (x.lane[i] <= high.lane[i])) << i;
   return bits;
 }
+template <class T>
+QK_INLINE LaneBits equal(Lanes<T> a, Lanes<T> b) {
+  LaneBits bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<LaneBits>(a.lane[i] == b.lane[i]) << i;
+  return bits;
+}
 // Lane i where bit i is set, zero elsewhere; on raw bits, so that it serves every dtype of the size and keeps NaNs.
 template <Store store, class U>
 QK_INLINE void copy_selected_lanes(LaneBits bits, const U* from, U* to) {
