@@ -78,8 +78,8 @@ _CLOCKS = {"cpu": _seconds_on_cpu, "cuda": _seconds_on_cuda}
 def take_sample(run: Run, repetitions: int, device: str = "cpu") -> float:
     """Seconds a call takes, the mean over `repetitions` calls in a row, after as many that are not timed.
 
-    The first calls find in the caches what another candidate left: with 16 MB of tensors it takes ten of them until
-    they take the time that they take from then on, and 2 ms are no more than that.
+    The first calls find in the caches what another candidate left: with 16 MB of tensors it takes about ten of them
+    until they take the time that they take from then on.
     """
     for _ in range(repetitions):
         run()
@@ -87,8 +87,7 @@ def take_sample(run: Run, repetitions: int, device: str = "cpu") -> float:
 
 
 def calibrate(run: Run, sample_seconds: float, device: str = "cpu") -> int:
-    """How many repetitions make a sample of `sample_seconds`; also the warm-up."""
-    run()
+    """How many repetitions make a sample of `sample_seconds`."""
     repetitions = 1
     while (total := take_sample(run, repetitions, device) * repetitions) < sample_seconds:
         repetitions = max(2 * repetitions, min(100 * repetitions, int(1.2 * repetitions * sample_seconds / total)))
