@@ -29,6 +29,7 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_fake_quantize_next_to_ties,
     test_fake_quantize_per_channel,
     test_fake_quantize_per_channel_next_to_the_ends_of_the_grid,
+    test_fake_quantize_per_channel_with_a_scale_out_of_range,
     test_fake_quantize_per_channel_with_mixed_modes,
     test_fake_quantize_random_scales_next_to_ties,
     test_fake_quantize_sizes,

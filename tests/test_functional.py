@@ -91,6 +91,16 @@ def test_fake_quantize_per_channel_next_to_the_ends_of_the_grid(bits: int) -> No
                 assert_matches_reference("fake_quantize", x, scales, zero_points, 0, 2**bits - 1, 1, bounds=bounds)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e-40])
+def test_fake_quantize_per_channel_with_a_scale_out_of_range(scale: float, dtype: torch.dtype) -> None:
+    x = cases.sample((40, 24), dtype)
+    zero_point = torch.full((24,), 3, dtype=torch.int32)
+    for scales in (torch.full((24,), scale), torch.tensor([0.1, scale, 0.2] * 8)):
+        assert_matches_reference("fake_quantize", x, scales, zero_point, 0, 255, 1)
+        assert_matches_reference("fake_quantize", x.T.contiguous(), scales, zero_point, 0, 255, 0)
+
+
 def test_fake_quantize_per_channel_with_mixed_modes() -> None:
     scale = torch.tensor([0.1, 2.0**-120, 1e30, 0.5, 1e-3, 0.01, 7.0])
     zero_point = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)

@@ -166,26 +166,30 @@ QK_INLINE AffineConstants<V> make_pass_through(V low, V high) {
   return {one, one, constant_like(low, 0.0f), low, high, low, high};
 }
 
-// Whether two multiplications divide by `scale`: a bool for scalars of type T, one bit per lane for vectors of them.
+// Whether two multiplications divide tensors of type T by `scale`: a bool for scalars, one bit per lane for vectors.
 template <class T, class V>
 QK_INLINE auto reciprocal_divides(V scale, V level_min, V level_max) {
   const auto c = [scale](float value) { return constant_like(scale, value); };
-  // Between these scales neither the reciprocal nor the residual leaves the normal range.
-  const auto moderate = inclusively_between(scale, c(0x1p-96f), c(0x1p96f));
-  const auto not_below = inclusively_between(level_min, c(-kReciprocalGridLimit), level_max);
-  const auto not_above = inclusively_between(level_max, level_min, c(kReciprocalGridLimit));
-  const int all = sizeof(T) == sizeof(double) ? -1 : 0;
-  return static_cast<decltype(moderate)>(all | (moderate & not_below & not_above));
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return inclusively_between(scale, c(0x1p-149f), c(0x1.fffffep127f));  // any positive float
+  } else {
+    // Between these scales neither the reciprocal nor the residual leaves the normal range.
+    const auto moderate = inclusively_between(scale, c(0x1p-96f), c(0x1p96f));
+    const auto not_below = inclusively_between(level_min, c(-kReciprocalGridLimit), level_max);
+    const auto not_above = inclusively_between(level_max, level_min, c(kReciprocalGridLimit));
+    return static_cast<decltype(moderate)>(moderate & not_below & not_above);
+  }
 }
 
 // T is float, or double for float64 tensors (whose scale is the widened float32). zero_point in [quant_min, quant_max].
 template <class T>
 QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
                                     T high) {
-  const T level_min = static_cast<T>(int64_t{quant_min} - zero_point);
-  const T level_max = static_cast<T>(int64_t{quant_max} - zero_point);
-  return {make_constants<AffineMode::kDivide>(T(scale), level_min, level_max, low, high),
-          reciprocal_divides<T>(T(scale), level_min, level_max) ? AffineMode::kReciprocal : AffineMode::kDivide};
+  const int64_t level_min = int64_t{quant_min} - zero_point;
+  const int64_t level_max = int64_t{quant_max} - zero_point;
+  const bool reciprocal = reciprocal_divides<T>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
+  return {make_constants<AffineMode::kDivide>(T(scale), T(level_min), T(level_max), low, high),
+          reciprocal ? AffineMode::kReciprocal : AffineMode::kDivide};
 }
 
 template <AffineMode mode, class V>
@@ -193,11 +197,8 @@ QK_INLINE V fake_quantize_element(V x, const AffineConstants<V>& c) {
   const V inside = clamp(x, c.clamp_low, c.clamp_high);
   if constexpr (mode == AffineMode::kPassThrough) {
     return inside;
-  } else if constexpr (mode == AffineMode::kDivide) {
-    return multiply_unsigned_zero(round_even(inside / c.scale), c.scale);
   } else {
-    const V quotient = fused_multiply_add(inside, c.inverse_high, inside * c.inverse_low);
-    return multiply_unsigned_zero(round_even(quotient), c.scale);
+    return multiply_unsigned_zero(round_even(quotient<mode>(inside, c)), c.scale);
   }
 }
 
