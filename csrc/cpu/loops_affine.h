@@ -270,7 +270,7 @@ class SegmentWalk {
       lane = stop;
       if (lane < valid) next_segment();
     }
-    std::memcpy(mask_ + position_ / 8, &all, static_cast<size_t>((valid + 7) / 8));
+    put_last_bits(all, valid, mask_ + position_ / 8);
     position_ += valid;
   }
 
@@ -352,11 +352,10 @@ void quantize_rows(const AffineJob& job, const AffineTable& table, int64_t begin
   }
   if (i == end) return;
   S last[kLanes];
-  const LaneBits all =
+  const LaneBits bits =
       quantize_vector_at<mode, active, Store::kCached>(Padded<S>(x + i, end - i).element, last, table, entry);
   std::copy_n(last, end - i, y + i);
-  const LaneBits bits = all & static_cast<LaneBits>((1u << (end - i)) - 1);
-  std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
+  put_last_bits(bits, end - i, job.mask + i / 8);
 }
 
 template <Store store, class S>

@@ -203,8 +203,7 @@ void dorefa_activation_typed(const DoReFaActivationJob& job, int64_t begin, int6
   S last[kLanes];
   element(value).store(last);
   std::copy_n(last, end - i, y + i);
-  const LaneBits bits = passes(value) & static_cast<LaneBits>((1u << (end - i)) - 1);
-  std::memcpy(job.mask + i / 8, &bits, static_cast<size_t>((end - i + 7) / 8));
+  put_last_bits(passes(value), end - i, job.mask + i / 8);
 }
 
 inline void dorefa_activation(const DoReFaActivationJob& job, Store store, int64_t begin, int64_t end) {

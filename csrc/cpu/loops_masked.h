@@ -18,6 +18,12 @@ struct Padded {
   Padded(const S* from, int64_t count) { std::copy_n(from, count, element); }
 };
 
+// The mask's bits of the last `count` elements of a run, at most a vector of them.
+QK_INLINE void put_last_bits(LaneBits bits, int64_t count, uint8_t* mask) {
+  const LaneBits last = bits & static_cast<LaneBits>((1u << count) - 1);
+  std::memcpy(mask, &last, static_cast<size_t>((count + 7) / 8));
+}
+
 // Of `count` whole vectors those that make blocks, by pairs of vectors; returns how many.
 template <class Pairs, Store store, class S, class F, class Passes>
 QK_INLINE int64_t map_masked_pairs(const S* x, S* y, uint8_t* mask, int64_t count, const F& f, const Passes& passes) {
