@@ -83,6 +83,7 @@ enum class AffineMode : int32_t {
   kReciprocal,   // quotient by two multiplications
   kDivide,       // quotient by the divider
   kPassThrough,  // quantization is delayed or the range unknown: the activation alone
+  kUnbounded,    // kReciprocal after clamp_to_passing; no grid begins with it
 };
 
 // What one element needs, as values of type V: a scalar, or a vector holding one constant (per tensor) or one channel's
@@ -152,7 +153,8 @@ QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V
 }
 
 // Without an activation in front, x may as well be clamped to what passes the gradient: the quotients that round to the
-// grid. Two constants then decide both. For kReciprocal, whose scale is moderate.
+// grid. Then the x that pass are those that the clamp leaves as they are. Makes kReciprocal, whose scale is moderate,
+// kUnbounded.
 template <class V>
 QK_INLINE void clamp_to_passing(AffineConstants<V>& c) {
   c.clamp_low = offset_bits(c.pass_low, -1);  // of a negative number: toward zero
