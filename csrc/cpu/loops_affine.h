@@ -179,22 +179,14 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
   const V scales = V::load(scale), level_min = V::load(least), level_max = V::load(most);
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
-  const auto make = [&](auto mode) QK_INLINE_LAMBDA {
-    return make_constants<decltype(mode)::value>(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
-  };
+  AffineConstants<V> constants = make_constants(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
   constexpr LaneBits kAll = static_cast<LaneBits>(-1);
   const LaneBits reciprocal =
       kHasFusedMultiplyAdd<T> ? reciprocal_divides<T>(scales, level_min, level_max) : LaneBits{0};
-  AffineConstants<V> constants;
   AffineMode mode = AffineMode::kReciprocal;
-  if (reciprocal == kAll) {
-    constants = make(std::integral_constant<AffineMode, AffineMode::kReciprocal>{});
-    if (unbounded_is_faster(job)) {
-      clamp_to_passing(constants);
-      mode = AffineMode::kUnbounded;
-    }
-  } else {
-    constants = make(std::integral_constant<AffineMode, AffineMode::kDivide>{});
+  if (reciprocal == kAll && unbounded_is_faster(job)) {
+    clamp_to_passing(constants);
+    mode = AffineMode::kUnbounded;
   }
   page.store(slot, constants, mode, reciprocal);
   if (job.range == nullptr && job.step == nullptr) return;

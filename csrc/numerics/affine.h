@@ -96,13 +96,6 @@ struct AffineConstants {
   V pass_low, pass_high;    // the gradient passes strictly between
 };
 
-// x / scale, or near a tie what rounds to the same integer.
-template <AffineMode mode, class V>
-QK_INLINE V quotient(V x, const AffineConstants<V>& c) {
-  if constexpr (mode == AffineMode::kDivide) return x / c.scale;
-  return fused_multiply_add(x, c.inverse_high, x * c.inverse_low);
-}
-
 template <class T>
 struct AffineGrid {
   AffineConstants<T> constants;
@@ -112,39 +105,37 @@ struct AffineGrid {
 // The least x with rint(x / scale) > level, or infinity; for level >= 0. It is within two floats of the rounded
 // product, and rint of the quotient is monotonic, so the last of the descending candidates that fulfils this is the
 // least.
-template <AffineMode mode, class V>
-QK_INLINE V first_above(V level, const AffineConstants<V>& c) {
-  const V tie = (level + constant_like(level, 0.5f)) * c.scale;
+template <class V>
+QK_INLINE V first_above(V level, V scale) {
+  const V tie = (level + constant_like(level, 0.5f)) * scale;
   V least = tie + constant_like(tie, INFINITY);  // infinity, or a NaN of the scale
   for (int steps = 2; steps >= -2; --steps) {
     const V x = offset_bits(tie, steps);
-    least = select_less(level, round_even(quotient<mode>(x, c)), x, least);
+    least = select_less(level, round_even(x / scale), x, least);
   }
   return least;
 }
 
 // In float64 the product is exact (above): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
 // a number is between half a unit and one and a half units in its last place.
-template <AffineMode>
-QK_INLINE double first_above(double level, const AffineConstants<double>& c) {
-  const double tie = (level + 0.5) * c.scale;
+QK_INLINE double first_above(double level, double scale) {
+  const double tie = (level + 0.5) * scale;
   return round_even(level + 0.5) > level ? tie : tie + tie * 0x1.8p-53;
 }
 
-// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point. With kReciprocal, for scales
-// and grids that have this mode, the same as with kDivide, faster.
-template <AffineMode mode, class V>
+// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point.
+template <class V>
 QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V low, V high) {
   const V zero = constant_like(scale, 0.0f);
   const V one = constant_like(scale, 1.0f);
   const V grid_low = level_min * scale;
   const V grid_high = level_max * scale;
+  const V above = first_above(level_max, scale);
+  const V below = zero - first_above(zero - level_min, scale);
   AffineConstants<V> c;
   c.scale = scale;
   c.inverse_high = one / scale;
   c.inverse_low = fused_multiply_add(zero - c.inverse_high, scale, one) / scale;
-  const V above = first_above<mode>(level_max, c);
-  const V below = zero - first_above<mode>(zero - level_min, c);
   c.clamp_low = clamp(low, grid_low, grid_high);
   c.clamp_high = clamp(high, grid_low, grid_high);
   c.pass_low = select_less(below, low, low, below);
@@ -190,7 +181,7 @@ QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t qua
   const int64_t level_min = int64_t{quant_min} - zero_point;
   const int64_t level_max = int64_t{quant_max} - zero_point;
   const bool reciprocal = reciprocal_divides<T>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
-  return {make_constants<AffineMode::kDivide>(T(scale), T(level_min), T(level_max), low, high),
+  return {make_constants(T(scale), T(level_min), T(level_max), low, high),
           reciprocal ? AffineMode::kReciprocal : AffineMode::kDivide};
 }
 
@@ -199,8 +190,11 @@ QK_INLINE V fake_quantize_element(V x, const AffineConstants<V>& c) {
   const V inside = clamp(x, c.clamp_low, c.clamp_high);
   if constexpr (mode == AffineMode::kPassThrough) {
     return inside;
+  } else if constexpr (mode == AffineMode::kDivide) {
+    return multiply_unsigned_zero(round_even(inside / c.scale), c.scale);
   } else {
-    return multiply_unsigned_zero(round_even(quotient<mode>(inside, c)), c.scale);
+    const V quotient = fused_multiply_add(inside, c.inverse_high, inside * c.inverse_low);
+    return multiply_unsigned_zero(round_even(quotient), c.scale);
   }
 }
 

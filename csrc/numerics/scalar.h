@@ -35,6 +35,7 @@ QK_INLINE T clamp(T x, T low, T high) {
 // low < x < high; false for NaN.
 QK_INLINE bool strictly_between(float x, float low, float high) { return x > low && x < high; }
 QK_INLINE bool strictly_between(double x, double low, double high) { return x > low && x < high; }
+// low <= x <= high; false for NaN.
 QK_INLINE bool inclusively_between(float x, float low, float high) { return x >= low && x <= high; }
 QK_INLINE bool inclusively_between(double x, double low, double high) { return x >= low && x <= high; }
 

@@ -67,33 +67,31 @@ Tensor dorefa_weight_backward(const Tensor& grad_output, const Tensor& weight, c
   return grad_input;
 }
 
-// The output is empty in place.
 template <class Backend>
-std::tuple<Tensor, Tensor> activation_into(const char* op, const Tensor& input, int64_t bits, bool in_place) {
+Prepared activation_into(const char* op, const Tensor& input, int64_t bits, bool in_place) {
   DoReFaActivationJob job{};
   job.dtype = check_floating(op, "input", input);
   job.bits = check_bits(op, bits);
-  const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
-  const Dense source(input, layout);
-  Tensor output = in_place ? Tensor() : empty_in_layout(input, layout);
-  Tensor mask = empty_mask(input);
-  job.input = source->const_data_ptr();
-  job.output = (in_place ? *source : output).mutable_data_ptr();
-  job.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  Prepared p = prepare(input, in_place);
+  job.input = p.source->const_data_ptr();
+  job.output = p.output().mutable_data_ptr();
+  job.mask = static_cast<uint8_t*>(p.mask.mutable_data_ptr());
   job.numel = input.numel();
   Backend::run(job, input);
-  if (in_place && source.is_copy()) copy_into(input, *source);
-  return {std::move(output), std::move(mask)};
+  return p;
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> dorefa_activation(const Tensor& input, int64_t bits) {
-  return activation_into<Backend>("dorefa_activation", input, bits, false);
+  Prepared p = activation_into<Backend>("dorefa_activation", input, bits, false);
+  return {std::move(p.fresh), std::move(p.mask)};
 }
 
 template <class Backend>
 Tensor dorefa_activation_(const Tensor& input, int64_t bits) {
-  return std::get<1>(activation_into<Backend>("dorefa_activation_", input, bits, true));
+  Prepared p = activation_into<Backend>("dorefa_activation_", input, bits, true);
+  write_back(p, input);
+  return std::move(p.mask);
 }
 
 template <class Backend>

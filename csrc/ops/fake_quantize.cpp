@@ -18,26 +18,6 @@ struct Quantization {
   double low, high;
 };
 
-// Where an operator reads and writes: dense tensors, prepared from whatever strides the caller has.
-struct Prepared {
-  Dense source;
-  Tensor fresh;  // the result; empty in place, where it goes to the source
-  Tensor mask;
-  Layout layout;
-
-  const Tensor& output() const { return fresh.defined() ? fresh : *source; }
-};
-
-Prepared prepare(const Tensor& input, bool in_place) {
-  const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
-  return {Dense(input, layout), in_place ? Tensor() : empty_in_layout(input, layout), empty_mask(input), layout};
-}
-
-// In place on strides that are not dense, the result goes back through a copy.
-void write_back(const Prepared& prepared, const Tensor& input) {
-  if (prepared.source.is_copy()) copy_into(input, *prepared.source);
-}
-
 DType check_affine(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
                    const Quantization& q, Axis& axis) {
   check_same_device(op, "scale", scale, input);

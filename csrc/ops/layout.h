@@ -1,4 +1,4 @@
-// Owns memory order: which dense layout a tensor has, how the axis lies in it, and allocation in the same order.
+// Owns memory order: which dense layout a tensor has, how the axis lies in it, and where operators read and write.
 #pragma once
 
 #include <optional>
@@ -34,6 +34,21 @@ Tensor empty_in_layout(const Tensor& like, Layout layout);
 
 // ceil(numel / 8) bytes on the device of `like`.
 Tensor empty_mask(const Tensor& like);
+
+// Where an operator with a mask reads and writes: dense tensors, prepared from whatever strides the caller has.
+struct Prepared {
+  Dense source;
+  Tensor fresh;  // the result; empty in place, where it goes to the source
+  Tensor mask;
+  Layout layout;
+
+  const Tensor& output() const { return fresh.defined() ? fresh : *source; }
+};
+
+Prepared prepare(const Tensor& input, bool in_place);
+
+// In place on strides that are not dense, the result goes back through a copy.
+void write_back(const Prepared& prepared, const Tensor& input);
 
 // How memory in `layout` splits around the axis; one channel without axis.
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis);
