@@ -453,3 +453,49 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
     if bits == 32 or not _needs_grad(input):
         return input
     return _apply(_DoReFaGradient, input, rng_state, bits, inplace)
+
+
+# TEMPORARY STUBS
+def _stub_range(input, axis):
+    if axis is None:
+        return torch.stack([input.detach().float().amin(), input.detach().float().amax()])
+    axes = [d for d in range(input.dim()) if d != axis % input.dim()]
+    return torch.stack([input.detach().float().amin(axes), input.detach().float().amax(axes)])
+
+def fake_quantize_in_range(input, observed_range, quant_min, quant_max, *, symmetric=False, axis=None, bounds=None, inplace=False):
+    scale, zp = qparams(observed_range[0], observed_range[1], quant_min, quant_max, symmetric)
+    clamped = input if bounds is None else (nn_relu(input) if bounds == (0.0, math.inf) else input.clamp(*bounds))
+    quantized = fake_quantize(clamped, scale.reshape(-1), zp.reshape(-1), quant_min, quant_max, axis)
+    seen = (observed_range != 0).any(0)
+    if axis is not None:
+        shape = [1] * input.dim(); shape[axis] = -1; seen = seen.reshape(shape)
+    return torch.where(seen, quantized, clamped)
+
+nn_relu = torch.nn.functional.relu
+
+def fake_quantize_current(input, quant_min, quant_max, *, symmetric=False, axis=None, group_size=None, active=None):
+    r = _stub_range(input, axis)
+    out = fake_quantize_in_range(input, r, quant_min, quant_max, symmetric=symmetric, axis=axis)
+    return out if active is None else torch.where((active != 0).any(), out, input)
+
+def observe_fake_quantize(input, active, pending, quant_min, quant_max, *, symmetric=False, axis=None, bounds=None, inplace=False):
+    clamped = input.detach() if bounds is None else input.detach().clamp(*bounds)
+    r = _stub_range(clamped, axis)
+    act = active.clone()
+    with torch.no_grad():
+        pending.copy_(torch.stack([torch.minimum(pending[0], r[0]), torch.maximum(pending[1], r[1])]))
+    return fake_quantize_in_range(input, act, quant_min, quant_max, symmetric=symmetric, axis=axis, bounds=bounds)
+
+@torch.no_grad()
+def begin_step(ranges, active, pending, step, quant_start_steps):
+    for r, a, p, s in zip(ranges, active, pending, quant_start_steps):
+        a.copy_(r if step is None else torch.where(step >= s, r, torch.zeros_like(r)))
+        p[0] = math.inf
+        p[1] = -math.inf
+
+@torch.no_grad()
+def end_step(ranges, pending, momenta):
+    for r, p, m in zip(ranges, pending, momenta):
+        seen = (r != 0).any(0); fin = p.isfinite().all(0)
+        new = torch.where(seen, r + m * (p - r), p) if m != 1 else p
+        r.copy_(torch.where(fin, new, r))

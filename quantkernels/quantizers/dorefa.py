@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight
 from quantkernels.nn.dorefa import OFF
-from quantkernels.quantizers.base import QuantizedLayer, Quantizer
+from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer
 from quantkernels.quantizers.config import DEFAULT_OP_TYPES, Grammar, QuantType
 
 
@@ -31,6 +32,8 @@ class DoReFaQuantizer(Quantizer):
     Args:
         model: the network; instrumented in place by `compress()`.
         config_list: list of entries.
+        optimizer: taken for NNI's sake; nothing here knows steps.
+        dummy_input: see Quantizer.
         seed: of the gradients' noise, 0 to 2**31 - 1; every layer derives its own from it.
 
     Raises:
@@ -45,8 +48,16 @@ class DoReFaQuantizer(Quantizer):
         default_quant_types=("weight",),
     )
 
-    def __init__(self, model: nn.Module, config_list: object, *, seed: int = 0) -> None:
-        super().__init__(model, config_list)
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: object,
+        optimizer: torch.optim.Optimizer | None = None,
+        dummy_input: Batch | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, config_list, optimizer, dummy_input)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"DoReFaQuantizer: expected `seed` to be an int, but got {seed!r}")
         if not 0 <= seed < 2**31:
@@ -69,4 +80,4 @@ class DoReFaQuantizer(Quantizer):
         """See Quantizer."""
         if not bounds[0] <= 0 < 1 <= bounds[1]:
             return None
-        return DoReFaActivation(layer.entry.bits["output"], inplace=bool(layer.module.inplace))
+        return DoReFaActivation(layer.entry.bits["output"], bool(layer.module.inplace), bounds)
