@@ -11,10 +11,9 @@ import fnmatch
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from quantkernels.nn.fake_quantize import Dtype, Scheme
 
@@ -161,9 +160,26 @@ def named_modules(model: nn.Module) -> list[NamedModule]:
 
 
 def op_type(module: nn.Module) -> str:
-    """The class name of `module` as the user knows it, whatever torch.nn.utils.parametrize made of it."""
-    cls = getattr(type(module), "_float_class", type(module))
-    return (cls.__bases__[0] if parametrize.is_parametrized(module) else cls).__name__
+    """The name of the class that the user gave `module`."""
+    return user_class(module).__name__
+
+
+def user_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module` without the subclasses that quantizers, parametrize and fully_shard put in its place."""
+    cls: Any = type(module)
+    while True:
+        before = vars(cls).get("_uncompressed_class") or vars(cls).get("_float_class")
+        if before is None and cls.__name__.startswith(("Parametrized", "FSDP")) and _is_put_in_place(cls):
+            before = next(base for base in cls.__bases__ if base.__name__ != "FSDPModule")
+        if before is None:
+            return cls  # type: ignore[no-any-return]
+        cls = before
+
+
+def _is_put_in_place(cls: type[nn.Module]) -> bool:
+    own = vars(cls)
+    is_parametrized = any(isinstance(member, property) for member in own.values()) and "forward" not in own
+    return is_parametrized or any(base.__name__ == "FSDPModule" for base in cls.__bases__)
 
 
 def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -> tuple[Entry, ...]:

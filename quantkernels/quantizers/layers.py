@@ -15,8 +15,9 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from quantkernels.quantizers.config import user_class
 
 WEIGHT, INPUT, OUTPUT, GRADIENT = "weight_quantizer", "input_quantizer", "output_quantizer", "gradient_quantizer"
 """Names of the children that a layer receives; they appear in the state_dict where they have state."""
@@ -56,7 +57,7 @@ def input_arguments(module: nn.Module) -> tuple[str, ...]:
 
 def clamp_bounds(module: nn.Module) -> tuple[float, float] | None:
     """The bounds of a clamp-type activation whose forward a fused quantizer can stand in for; None for others."""
-    cls = float_class(module)
+    cls = user_class(module)
     if cls is nn.ReLU:
         return 0.0, math.inf
     if isinstance(module, nn.Hardtanh) and cls in (nn.Hardtanh, nn.ReLU6):
