@@ -11,13 +11,14 @@ elsewhere; one bit per element is all that is kept for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkernels._ops import fail, memory_format_index
+from quantkernels import _autograd
+from quantkernels._autograd import MASKED, masked, ordinary
+from quantkernels._ops import fail
 
 __all__ = [
     "dorefa_activation",
@@ -35,53 +36,7 @@ _NO_BOUNDS: Bounds = (-math.inf, math.inf)
 _SMALLEST_SCALE = 2.0**-126
 
 _raw: Any = torch.ops.quantkernels
-
-
-class _Operators(NamedTuple):
-    """Raw operators, looked up once: the lookup by name costs as much as a small tensor's kernel.
-
-    Attributes:
-        per_tensor: fake_quantize without an axis and an activation.
-        masked: by name, the quantizers that return (output, mask), and the same in place, which return the mask alone.
-    """
-
-    straight_through: Any
-    per_tensor: Any
-    masked: dict[str, tuple[Any, Any]]
-
-    @classmethod
-    def of(cls, way: Callable[[Any], Any]) -> _Operators:
-        """The operators as `way` makes them of ``torch.ops.quantkernels``'s."""
-        raw: Any = torch.ops.quantkernels
-        quantizers = {
-            "fake_quantize": (raw.fake_quantize.default, raw.fake_quantize_.default),
-            "fake_quantize_per_tensor": (raw.fake_quantize.per_tensor, raw.fake_quantize_.per_tensor),
-            "fake_quantize_number": (raw.fake_quantize.number, raw.fake_quantize_.number),
-            "observe_fake_quantize": (raw.observe_fake_quantize.default, raw.observe_fake_quantize_.default),
-            "dorefa_activation": (raw.dorefa_activation.default, raw.dorefa_activation_.default),
-        }
-        masked = {name: (way(operator), way(in_place)) for name, (operator, in_place) in quantizers.items()}
-        return cls(way(raw.straight_through.default), masked["fake_quantize_per_tensor"][0], masked)
-
-
-# An operator called from Python goes through OpOverload.__call__, a frame of 0.25 us that forwards its arguments; only
-# torch.compile, which must know the operator, needs it.
-_TRACED = _Operators.of(lambda operator: operator)
-_EAGER = _Operators.of(lambda operator: getattr(operator, "_op", operator))
-_tracing = torch.compiler.is_dynamo_compiling
-
-
-def _operators() -> _Operators:
-    return _TRACED if _tracing() else _EAGER
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _needs_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
+_per_tensor = MASKED["fake_quantize_per_tensor"].eager
 
 
 def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
@@ -139,62 +94,6 @@ def qparams(
     return scale, zero_point.to(torch.int32)
 
 
-def _straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
-    if _needs_grad(grad_output):
-        return _apply(_StraightThrough, grad_output, mask, memory_format)
-    grad_input: Tensor = _operators().straight_through(grad_output, mask, memory_format)
-    return grad_input
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The masked gradient, itself differentiable: it is linear, and its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.memory_format = memory_format
-        grad_input: Tensor = _operators().straight_through(grad_output, mask, memory_format)
-        return grad_input
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None
-
-
-class _Masked(torch.autograd.Function):
-    """Runs a raw quantizer, in place or not, whose gradient is the incoming one under the mask it returns.
-
-    ``arguments`` are those of the raw operator after the input, as one tuple: apply takes its time for each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-        if inplace:
-            output, mask = input, _operators().masked[name][1](input, *arguments)
-            ctx.mark_dirty(input)
-        else:
-            output, mask = _operators().masked[name][0](input, *arguments)
-        ctx.save_for_backward(mask)
-        ctx.memory_format = memory_format_index(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
-
-
-def _masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-    if _needs_grad(input):
-        return _apply(_Masked, input, name, inplace, arguments)
-    if inplace:
-        _operators().masked[name][1](input, *arguments)
-        return input
-    output: Tensor = _operators().masked[name][0](input, *arguments)[0]
-    return output
-
-
 def _as_tensor(argument: str, value: Tensor | float, dtype: torch.dtype, input: Tensor) -> Tensor:
     """A number beside a tensor becomes a one-element tensor on the device of `input`."""
     if isinstance(value, Tensor):
@@ -245,23 +144,21 @@ def fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
-    tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
-    if tensors and axis is None and bounds is None:
-        if inplace or _needs_grad(input):
-            return _masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
-        per_tensor = (_TRACED if _tracing() else _EAGER).per_tensor
-        output: Tensor = per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
-        return output
+    if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+        if axis is None and bounds is None:
+            if inplace or input.requires_grad or scale.requires_grad or not ordinary():
+                return masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
+            output: Tensor = _per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
+            return output
+    elif axis is None and not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
+        _check_number("scale", scale)
+        _check_number("zero_point", zero_point)
+        low, high = bounds or _NO_BOUNDS
+        return masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
+    scale = _as_tensor("scale", scale, torch.float32, input)
+    zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
     low, high = bounds or _NO_BOUNDS
-    if tensors:
-        return _masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
-    if isinstance(scale, Tensor) or isinstance(zero_point, Tensor) or axis is not None:
-        scale = _as_tensor("scale", scale, torch.float32, input)
-        zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
-        return _masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
-    _check_number("scale", scale)
-    _check_number("zero_point", zero_point)
-    return _masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
+    return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
 
 def observe_fake_quantize(
@@ -316,7 +213,7 @@ def observe_fake_quantize(
     low, high = bounds or _NO_BOUNDS
     state = (range, scale, zero_point, step, quant_min, quant_max)
     options = (symmetric, axis, momentum, quant_start_step, observe, advance_step, low, high)
-    return _masked("observe_fake_quantize", input, inplace, state + options)
+    return masked("observe_fake_quantize", input, inplace, state + options)
 
 
 def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -331,36 +228,6 @@ def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """
     minimum, maximum = _raw.min_max(input.detach(), axis)
     return minimum, maximum
-
-
-class _DoReFaWeight(torch.autograd.Function):
-    """DoReFa weights of two bits and more: the exact derivative with rint replaced by the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
-        output: Tensor
-        output, statistic = _raw.dorefa_weight(weight, bits)
-        ctx.save_for_backward(weight, statistic)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        weight, statistic = ctx.saved_tensors
-        return _raw.dorefa_weight_backward(grad_outputs[0], weight, statistic), None
-
-
-class _DoReFaSign(torch.autograd.Function):
-    """DoReFa weights of one bit: sign times mean magnitude; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        output: Tensor = _raw.dorefa_weight(weight, 1)[0]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0]
 
 
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
@@ -384,12 +251,7 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     """
     if bits == 32:
         return weight
-    if not _needs_grad(weight):
-        output: Tensor = _raw.dorefa_weight(weight, bits)[0]
-        return output
-    if bits == 1:
-        return _apply(_DoReFaSign, weight)
-    return _apply(_DoReFaWeight, weight, bits)
+    return _autograd.dorefa_weight(weight, bits)
 
 
 def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
@@ -409,25 +271,7 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
     """
     if bits == 32:
         return input
-    return _masked("dorefa_activation", input, inplace, (bits,))
-
-
-class _DoReFaGradient(torch.autograd.Function):
-    """The identity, whose gradient is quantized stochastically."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
-        ctx.rng_state = rng_state
-        ctx.bits = bits
-        if inplace:
-            ctx.mark_dirty(input)
-            return input
-        return input.view_as(input)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _raw.dorefa_gradient(grad_outputs[0], ctx.rng_state, ctx.bits), None, None, None
+    return masked("dorefa_activation", input, inplace, (bits,))
 
 
 def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
@@ -450,9 +294,9 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
 
     Source: Zhou et al. 2016, arXiv 1606.06160, equation 12.
     """
-    if bits == 32 or not _needs_grad(input):
+    if bits == 32:
         return input
-    return _apply(_DoReFaGradient, input, rng_state, bits, inplace)
+    return _autograd.dorefa_gradient(input, rng_state, bits, inplace)
 
 
 # TEMPORARY STUBS
