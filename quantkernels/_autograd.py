@@ -100,8 +100,8 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
 
 
 def needs_grad(tensor: Tensor) -> bool:
-    """Whether an operator on `tensor` is recorded."""
-    return tensor.requires_grad and _is_grad_enabled()
+    """Whether an operator on `tensor` is recorded. torch.jit.trace knows operators, not autograd's Functions."""
+    return tensor.requires_grad and _is_grad_enabled() and torch._C._get_tracing_state() is None
 
 
 def refuse_gradients(op: str, names: tuple[str, ...], positions: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
@@ -170,7 +170,7 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
         constant = arguments[position]
         if constant is not None and constant.requires_grad and _is_grad_enabled():
             _refuse_gradient(name, quantizer.names[position])
-    recorded = input.requires_grad and _is_grad_enabled()
+    recorded = needs_grad(input)
     if inplace:
         check_writable(name, input, recorded)
         if input.is_neg():  # whose bits are not its values

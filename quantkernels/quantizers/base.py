@@ -37,6 +37,7 @@ from quantkernels.quantizers.summary import Summary, summarize
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _FORWARDS_BEFORE_THE_REPORT = 3
+_LISTED = 20  # how many layers a message lists
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
 """A tensor, a tuple or list of positional arguments, or a dict of named ones."""
@@ -195,7 +196,14 @@ class Quantizer(abc.ABC):
         except BaseException:
             self.decompress()
             raise
+        for doubt in self.doubts():
+            warnings.warn(f"{name}: {doubt}", UserWarning, stacklevel=2)
         return self.model
+
+    def doubts(self) -> list[str]:
+        """What the configuration asks for that users seldom mean, in words; compress() warns of it."""
+        ternary = [str(layer) for layer in self.layers if _is_ternary(layer)]
+        return [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
 
     def decompress(self) -> nn.Module:
         """Takes all instrumentation back and returns the float model, with the weights as trained.
@@ -554,6 +562,25 @@ def skipped_subclass(module: NamedModule) -> str | None:
         return None
     bases = [cls.__name__ for cls in type(module.module).__mro__[1:] if cls.__module__.startswith("torch.nn")]
     return next((name for name in bases if name in DEFAULT_OP_TYPES), None)
+
+
+def _is_ternary(layer: QuantizedLayer) -> bool:
+    weight = layer.quantizers.get("weight")
+    grids = [module for module in weight.modules() if isinstance(module, FakeQuantize)] if weight is not None else []
+    return any((grid.quant_min, grid.quant_max) == (-1, 1) for grid in grids)
+
+
+def float_leaves(model: nn.Module) -> list[nn.Module]:
+    """The modules without children, but for quantizers, in the order of their registration."""
+    modules = [module.module for module in named_modules(model)]
+    inner = {child for module in modules for name, child in module._modules.items() if not name.endswith("_quantizer")}
+    parents = {module for module in modules if any(child in inner for child in module._modules.values())}
+    return [module for module in modules if module not in parents]
+
+
+def listed(names: list[str]) -> str:
+    """The names as a text, the first of them if there are many."""
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def _has_compiled() -> bool:

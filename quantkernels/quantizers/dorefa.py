@@ -9,8 +9,18 @@ from torch import nn
 
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight
 from quantkernels.nn.dorefa import OFF
-from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer
+from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer, float_leaves, listed
 from quantkernels.quantizers.config import DEFAULT_OP_TYPES, Grammar, QuantType
+
+
+_MULTIPLYING = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMALIZATIONS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
 
 
 class DoReFaQuantizer(Quantizer):
@@ -63,6 +73,25 @@ class DoReFaQuantizer(Quantizer):
         if not 0 <= seed < 2**31:
             raise ValueError(f"DoReFaQuantizer: expected `seed` to be in 0..2**31-1, but got {seed}")
         self.seed = seed
+
+    def doubts(self) -> list[str]:
+        """See Quantizer: layers whose magnitude is lost, since DoReFa's weights fill [-1, 1] whatever they were."""
+        leaves = [m for m in float_leaves(self.model)]
+        following = dict(zip(leaves, [*leaves[1:], None], strict=True))
+        lost = [
+            str(layer)
+            for layer in self.layers
+            if "weight" in layer.quantizers
+            and isinstance(layer.module, _MULTIPLYING)
+            and not isinstance(following.get(layer.module), _NORMALIZATIONS)
+        ]
+        if not lost:
+            return super().doubts()
+        return [
+            *super().doubts(),
+            "weights are scaled to [-1, 1] and no normalization follows, which would restore the magnitude, in "
+            f"{listed(lost)}; put one behind, or exclude the layer (the paper leaves the first and the last in float)",
+        ]
 
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         """See Quantizer."""
