@@ -66,6 +66,8 @@ MASKED = {
     "fake_quantize": Masked.of(_raw.fake_quantize.default, _raw.fake_quantize_.default),
     "fake_quantize_per_tensor": Masked.of(_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
     "fake_quantize_number": Masked.of(_raw.fake_quantize.number, _raw.fake_quantize_.number),
+    "fake_quantize_current": Masked.of(_raw.fake_quantize_current.default, None, elementwise=False),
+    "fake_quantize_in_range": Masked.of(_raw.fake_quantize_in_range.default, _raw.fake_quantize_in_range_.default),
     "observe_fake_quantize": Masked.of(_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
     "dorefa_activation": Masked.of(_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
 }

@@ -1,5 +1,4 @@
 // Owns the operators of DoReFa-Net: dorefa_weight, dorefa_weight_backward, dorefa_activation, dorefa_gradient.
-#include <algorithm>
 #include <tuple>
 
 #include "backend.h"
@@ -12,12 +11,6 @@ namespace {
 int32_t check_bits(const char* op, int64_t bits) {
   if (bits < 1 || bits > 16) fail(op, "bits", "from 1 to 16, but got ", bits);
   return static_cast<int32_t>(bits);
-}
-
-void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
-  const int64_t dims = tensor.dim();
-  const bool same = dims == like.dim() && std::equal(tensor.sizes(), tensor.sizes() + dims, like.sizes());
-  if (!same) fail(op, argument, "of shape ", shape_text(like), ", but got ", shape_text(tensor));
 }
 
 int32_t statistic_dtype(DType dtype) {

@@ -113,6 +113,7 @@ class FakeQuantize(nn.Module):
         self.active = unseen.clone()
         self.pending = unseen.clone()
         self._everything = torch.tensor([0.0, 1.0], dtype=torch.float32)
+        self.scratch_step = torch.zeros((), dtype=torch.int64)
         self.observers = Observers([self])
 
     @property
@@ -190,7 +191,7 @@ class FakeQuantize(nn.Module):
         if after is not None and after.dtype != torch.float32:
             after = self._buffers["range"] = before.to(after.device)
         device = after.device if after is not None else fn(self._everything).device
-        for name in ("active", "pending", "_everything"):
+        for name in ("active", "pending", "_everything", "scratch_step"):
             tensor: Tensor = getattr(self, name)
             if tensor.device != device:
                 moved = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)

@@ -70,7 +70,7 @@ class Observers:
             return
         for group in self._by_device(self.members if members is None else members):
             starts = [self.start_steps.get(member, 0) for member in group.members]
-            functional.begin_step(group.ranges, group.active, group.pending, self._step_on(group.device), starts)
+            functional.begin_step(group.ranges, group.active, group.pending, self._step_for(group), starts)
 
     def end(self, members: Iterable[FakeQuantize] | None = None) -> None:
         """Ends a step: what the members have seen enters their ranges. Does nothing in a recomputation.
@@ -81,12 +81,11 @@ class Observers:
             return
         whole = members is None
         observing = [m for m in (self.members if members is None else members) if not (m.frozen or m.dynamic)]
-        for group in self._by_device(observing):
-            if whole and self.synchronize:
+        for group in self._by_device(observing, counts=whole):
+            if whole and self.synchronize and group.pending:
                 self._combine_over_processes(group.pending)
-            functional.end_step(group.ranges, group.pending, [m.momentum for m in group.members])
-        if whole and self.model is not None:
-            self.model._buffers[STEP].add_(1)
+            step = self._step_for(group) if whole else group.members[0].scratch_step
+            functional.end_step(group.ranges, group.pending, [m.momentum for m in group.members], step)
 
     def begin_unquantized(self) -> None:
         """Begins a step in which nothing is quantized, whatever the ranges: for calibration."""
@@ -97,12 +96,17 @@ class Observers:
     def average_in(self, weight: float) -> None:
         """Ends such a step: what was seen enters the ranges with `weight`."""
         for group in self._by_device([member for member in self.members if not member.dynamic]):
-            if self.synchronize:
+            if self.synchronize and group.pending:
                 self._combine_over_processes(group.pending)
-            functional.end_step(group.ranges, group.pending, [weight] * len(group.members))
+            step = group.members[0].scratch_step
+            functional.end_step(group.ranges, group.pending, [weight] * len(group.members), step)
 
-    def _by_device(self, members: Iterable[FakeQuantize]) -> list[_OnDevice]:
+    def _by_device(self, members: Iterable[FakeQuantize], counts: bool = False) -> list[_OnDevice]:
+        """The members' tensors by device; with `counts` a group on the counter's device even if it is empty."""
         groups: dict[torch.device, _OnDevice] = {}
+        if counts and self.model is not None:
+            device = self.model._buffers[STEP].device
+            groups[device] = _OnDevice(device, [], [], [], [])
         for member in members:
             observed_range = member.observed_range
             device = observed_range.device
@@ -115,10 +119,11 @@ class Observers:
             group.pending.append(member.pending)
         return list(groups.values())
 
-    def _step_on(self, device: torch.device) -> Tensor | None:
-        """The counter on `device`; None for a group that counts no steps."""
-        step = None if self.model is None else self.model._buffers[STEP]
-        return step if step is None or step.device == device else step.to(device, non_blocking=True)
+    def _step_for(self, group: _OnDevice) -> Tensor:
+        """The counter, on the group's device; for a module used alone, one that nobody reads."""
+        if self.model is None:
+            return group.members[0].scratch_step
+        return self.model._buffers[STEP].to(group.device, non_blocking=True)
 
     def _combine_over_processes(self, pending: list[Tensor]) -> None:
         """One collective: the extrema over all processes. What is not finite on one of them is so on all."""
