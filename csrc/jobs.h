@@ -127,6 +127,7 @@ struct DoReFaActivationJob {
 };
 
 // DoReFa gradients of [samples, inner] contiguous elements. rng_state is (seed, step); the step is advanced after use.
+// Each stream of a seed, such as a process of a distributed run, draws other noise.
 struct DoReFaGradientJob {
   DType dtype;
   const void* grad_output;
@@ -134,6 +135,7 @@ struct DoReFaGradientJob {
   int64_t samples, inner;
   int32_t bits;
   int64_t* rng_state;
+  int64_t stream;
 };
 
 }  // namespace qk

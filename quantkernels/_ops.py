@@ -501,8 +501,8 @@ def _(input: Tensor, bits: int) -> Tensor:
     return _empty_mask(input)
 
 
-@_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits) -> Tensor")
-def _(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+@_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits, int stream) -> Tensor")
+def _(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
     op = "dorefa_gradient"
     _check_same_device(op, "rng_state", rng_state, grad_output)
     _check_floating(op, "grad_output", grad_output)

@@ -388,7 +388,9 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
     return masked("dorefa_activation", input, inplace, (bits,))
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+def dorefa_gradient(
+    input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0
+) -> Tensor:
     """Passes the input; quantizes the gradient that flows back to `bits` bits with stochastic rounding.
 
     Each sample (index of the first dimension) is scaled by its own largest magnitude m:
@@ -402,6 +404,7 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
         inplace: return `input` itself, as after an in-place operator, so that later in-place operators may write to it.
             Not for a leaf, nor where the operator that made `input` keeps it for its own backward. Otherwise the result
             is a view, which torch forbids to be written to.
+        stream: which of the seed's independent streams of noise is drawn from, such as the rank of the process.
 
     Returns:
         `input`, or a view of it. Nothing is copied.
@@ -410,4 +413,4 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
     """
     if bits == 32:
         return input
-    return _autograd.dorefa_gradient(input, rng_state, bits, inplace)
+    return _autograd.dorefa_gradient(input, rng_state, bits, stream, inplace)
