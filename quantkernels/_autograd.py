@@ -19,31 +19,44 @@ from torch.autograd.function import Function
 from quantkernels._ops import fail, memory_format_index
 
 _raw: Any = torch.ops.quantkernels
+_tracing = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_increment_version = torch._C._increment_version
+_is_grad_enabled = torch.is_grad_enabled
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
-def _eager(operator: Any) -> Any:
-    """The operator without OpOverload.__call__, a Python frame of 0.25 us; only torch.compile needs the frame."""
-    return getattr(operator, "_op", operator)
+class _Operator(NamedTuple):
+    """A raw operator as a call finds it fastest and as torch.compile knows it.
+
+    The one is without OpOverload.__call__, a Python frame of 0.25 us that forwards its arguments.
+    """
+
+    eager: Any
+    traced: Any
+
+    @classmethod
+    def of(cls, operator: Any) -> _Operator:
+        return cls(getattr(operator, "_op", operator), operator)
+
+    def pick(self) -> Any:
+        return self.traced if _tracing() else self.eager
 
 
 class Masked(NamedTuple):
     """A quantizer that returns (output, mask), and its in-place twin, which returns the mask.
 
     Attributes:
-        eager: the operator as a call from Python finds it fastest.
-        eager_in_place: its twin.
-        traced: the operator as torch.compile knows it.
-        traced_in_place: its twin.
+        operator: the one that returns (output, mask).
+        in_place: its twin.
         names: of the arguments behind the input.
         mutated: where among them the tensors are that a call changes, side by side; None without any.
         constants: positions among them of the floating tensors, which have no gradient here.
         elementwise: an element's result depends on no other element of the input.
     """
 
-    eager: Any
-    eager_in_place: Any
-    traced: Any
-    traced_in_place: Any
+    operator: _Operator
+    in_place: _Operator
     names: tuple[str, ...]
     mutated: slice | None
     constants: tuple[int, ...]
@@ -58,8 +71,7 @@ class Masked(NamedTuple):
         written = [i for i in tensors if arguments[i].is_write]
         mutated = slice(written[0], written[-1] + 1) if written else None
         constants = tuple(i for i in tensors if names[i] not in ("zero_point", "step"))
-        operators = (_eager(operator), _eager(in_place), operator, in_place)
-        return cls(*operators, names, mutated, constants, elementwise)
+        return cls(_Operator.of(operator), _Operator.of(in_place), names, mutated, constants, elementwise)
 
 
 MASKED = {
@@ -72,12 +84,13 @@ MASKED = {
     "dorefa_activation": Masked.of(_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
 }
 
-_straight_through_traced = _raw.straight_through.default
-_straight_through_eager = _eager(_straight_through_traced)
-_tracing = torch.compiler.is_dynamo_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
-_increment_version = torch._C._increment_version
-_is_grad_enabled = torch.is_grad_enabled
+# What an ordinary call needs, read in one go.
+_ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
+
+_STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
+_DOREFA_WEIGHT_BACKWARD = _Operator.of(_raw.dorefa_weight_backward.default)
+_DOREFA_GRADIENT = _Operator.of(_raw.dorefa_gradient.default)
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
@@ -85,14 +98,20 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
+def _recorder(function: type[Function]) -> Any:
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def _record(function: type[Function], input: Tensor, *arguments: Any) -> Any:
+    """:func:`apply` of an ordinary Function without Function.apply's frame, which takes 1 us to find no transform."""
+    if _tracing():
+        return apply(function, input, *arguments)
+    return _recorder(function)(_unwrap_if_dead(input), *arguments)
+
+
 def transforming() -> bool:
     """Whether derivatives are asked for that the ordinary Functions do not know."""
     return _functorch_active() or forward_ad._current_level >= 0
-
-
-def ordinary() -> bool:
-    """Whether a call is neither traced nor transformed."""
-    return not (_tracing() or _functorch_active() or forward_ad._current_level >= 0)
 
 
 def bump_versions(tensors: Iterable[Tensor]) -> None:
@@ -167,26 +186,28 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
         return _masked_transformed(name, input, inplace, arguments)
     if _tracing():
         return _masked_traced(name, input, inplace, arguments)
-    quantizer = MASKED[name]
-    for position in quantizer.constants:
+    operator, in_place, constants, mutated = _ORDINARY[name]
+    for position in constants:
         constant = arguments[position]
         if constant is not None and constant.requires_grad and _is_grad_enabled():
-            _refuse_gradient(name, quantizer.names[position])
-    recorded = needs_grad(input)
+            _refuse_gradient(name, MASKED[name].names[position])
+    recorded = input.requires_grad and _is_grad_enabled()
     if inplace:
         check_writable(name, input, recorded)
         if input.is_neg():  # whose bits are not its values
             return input.copy_(masked(name, input, False, arguments))
     if recorded:
-        return _record_masked(input, name, inplace, arguments)  # type: ignore[no-any-return,no-untyped-call]
+        if inplace and torch._C._get_tracing_state() is not None:  # which knows no Function that works in place
+            return input.copy_(masked(name, input, False, arguments))
+        return _record_masked(_unwrap_if_dead(input), name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
-        quantizer.eager_in_place(input, *arguments)
+        in_place(input, *arguments)
         output = input
         _increment_version((input,))
     else:
-        output = quantizer.eager(input, *arguments)[0]
-    if quantizer.mutated is not None:
-        _increment_version(arguments[quantizer.mutated])
+        output = operator(input, *arguments)[0]
+    if mutated is not None:
+        _increment_version(arguments[mutated])
     return output
 
 
@@ -197,9 +218,9 @@ def _masked_traced(name: str, input: Tensor, inplace: bool, arguments: tuple[Any
         if input.requires_grad:
             return apply(_Masked, input, name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
-        quantizer.traced_in_place(input, *arguments)
+        quantizer.in_place.traced(input, *arguments)
         return input
-    output: Tensor = quantizer.traced(input, *arguments)[0]
+    output: Tensor = quantizer.operator.traced(input, *arguments)[0]
     return output
 
 
@@ -208,15 +229,16 @@ class _Masked(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-        quantizer = MASKED[name]
-        operator, in_place = quantizer[2:4] if _tracing() else quantizer[:2]
+        operator, in_place, _, mutated = _ORDINARY[name]
+        if _tracing():
+            operator, in_place = MASKED[name].operator.traced, MASKED[name].in_place.traced
         if inplace:
             output, mask = input, in_place(input, *arguments)
             ctx.mark_dirty(input)
         else:
             output, mask = operator(input, *arguments)
-        if quantizer.mutated is not None:
-            bump_versions(arguments[quantizer.mutated])
+        if mutated is not None:
+            bump_versions(arguments[mutated])
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format_index(output)
         return output
@@ -227,12 +249,7 @@ class _Masked(Function):
         return straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
 
 
-# Function.apply, a Python frame, looks for setup_context and for transforms, and is left out where neither is there.
-_record_masked = super(Function, _Masked).apply
-
-
-def _straight_through() -> Any:
-    return _straight_through_traced if _tracing() else _straight_through_eager
+_record_masked = _recorder(_Masked)
 
 
 def straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
@@ -240,8 +257,8 @@ def straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> T
     if _functorch_active() or forward_ad._current_level >= 0:
         return torch.where(_unpack(mask, grad_output.shape, memory_format), grad_output, 0)
     if grad_output.requires_grad and _is_grad_enabled():
-        return apply(_StraightThrough, grad_output, mask, memory_format)  # type: ignore[no-any-return]
-    grad_input: Tensor = _straight_through()(grad_output, mask, memory_format)
+        return _record(_StraightThrough, grad_output, mask, memory_format)  # type: ignore[no-any-return]
+    grad_input: Tensor = _STRAIGHT_THROUGH.pick()(grad_output, mask, memory_format)
     return grad_input
 
 
@@ -252,7 +269,7 @@ class _StraightThrough(Function):
     def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format
-        grad_input: Tensor = _straight_through()(grad_output, mask, memory_format)
+        grad_input: Tensor = _STRAIGHT_THROUGH.pick()(grad_output, mask, memory_format)
         return grad_input
 
     @staticmethod
@@ -264,7 +281,7 @@ class _StraightThrough(Function):
 def _unpack(mask: Tensor, shape: torch.Size, memory_format: int) -> Tensor:
     """The bits of a mask as a bool tensor."""
     ones = torch.ones(shape, dtype=torch.float32, device=mask.device)
-    return _straight_through()(ones, mask, memory_format).to(torch.bool)  # type: ignore[no-any-return]
+    return _STRAIGHT_THROUGH.pick()(ones, mask, memory_format).to(torch.bool)  # type: ignore[no-any-return]
 
 
 # Under transforms
@@ -306,7 +323,7 @@ class _MaskedValue(Function):
     @staticmethod
     def forward(input: Tensor, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         quantizer = MASKED[name]
-        output, mask = (quantizer.traced if _tracing() else quantizer.eager)(input, *arguments)
+        output, mask = quantizer.operator.pick()(input, *arguments)
         if quantizer.mutated is not None:
             bump_versions(arguments[quantizer.mutated])
         return output, _unpack(mask, output.shape, memory_format_index(output))
@@ -369,7 +386,7 @@ class _DoReFaWeight(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
         output: Tensor
-        output, statistic = _raw.dorefa_weight(weight, bits)
+        output, statistic = _DOREFA_WEIGHT.pick()(weight, bits)
         ctx.save_for_backward(weight, statistic)
         return output
 
@@ -381,7 +398,7 @@ class _DoReFaWeight(Function):
             with torch.enable_grad():
                 smooth = _smooth_dorefa_weight(weight)
             return torch.autograd.grad(smooth, weight, grad_output, create_graph=_is_grad_enabled())[0], None
-        return _raw.dorefa_weight_backward(grad_output, weight, statistic), None
+        return _DOREFA_WEIGHT_BACKWARD.pick()(grad_output, weight, statistic), None
 
 
 class _DoReFaSign(Function):
@@ -389,7 +406,7 @@ class _DoReFaSign(Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        output: Tensor = _raw.dorefa_weight(weight, 1)[0]
+        output: Tensor = _DOREFA_WEIGHT.pick()(weight, 1)[0]
         return output
 
     @staticmethod
@@ -402,7 +419,7 @@ class _DoReFaWeightValue(Function):
 
     @staticmethod
     def forward(weight: Tensor, bits: int) -> Tensor:
-        return _raw.dorefa_weight(weight, bits)[0]  # type: ignore[no-any-return]
+        return _DOREFA_WEIGHT.pick()(weight, bits)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -420,17 +437,17 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
         smooth = weight if bits == 1 else _smooth_dorefa_weight(weight)
         return apply(_Replace, smooth, apply(_DoReFaWeightValue, weight.detach(), bits))  # type: ignore[no-any-return]
     if not needs_grad(weight):
-        output: Tensor = _raw.dorefa_weight(weight, bits)[0]
+        output: Tensor = _DOREFA_WEIGHT.pick()(weight, bits)[0]
         return output
     if bits == 1:
-        return apply(_DoReFaSign, weight)  # type: ignore[no-any-return]
-    return apply(_DoReFaWeight, weight, bits)  # type: ignore[no-any-return]
+        return _record(_DoReFaSign, weight)  # type: ignore[no-any-return]
+    return _record(_DoReFaWeight, weight, bits)  # type: ignore[no-any-return]
 
 
 def _quantize_gradient(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
     if transforming() or needs_grad(grad_output):
         return apply(_QuantizedGradient, grad_output, rng_state, bits, stream)  # type: ignore[no-any-return]
-    gradient: Tensor = _raw.dorefa_gradient(grad_output, rng_state, bits, stream)
+    gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
     bump_versions([rng_state])
     return gradient
 
@@ -458,7 +475,7 @@ class _QuantizedGradient(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
-        gradient: Tensor = _raw.dorefa_gradient(grad_output, rng_state, bits, stream)
+        gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
         bump_versions([rng_state])
         return gradient
 
@@ -523,4 +540,4 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, stream: int, in
         return input
     if inplace and not _tracing():
         _check_history("dorefa_gradient", input)
-    return apply(_DoReFaGradient, input, rng_state, bits, stream, inplace)  # type: ignore[no-any-return]
+    return _record(_DoReFaGradient, input, rng_state, bits, stream, inplace)  # type: ignore[no-any-return]

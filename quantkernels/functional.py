@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkernels import _autograd
-from quantkernels._autograd import MASKED, masked, ordinary
+from quantkernels._autograd import MASKED, masked, transforming
 from quantkernels._ops import fail
 
 __all__ = [
@@ -41,7 +41,8 @@ _SMALLEST_SCALE = 2.0**-126
 _LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _raw: Any = torch.ops.quantkernels
-_per_tensor = MASKED["fake_quantize_per_tensor"].eager
+_per_tensor = MASKED["fake_quantize_per_tensor"].operator.eager
+_tracing = torch.compiler.is_dynamo_compiling
 
 
 def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
@@ -163,7 +164,7 @@ def fake_quantize(
     """
     if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
         if axis is None and bounds is None:
-            if inplace or input.requires_grad or scale.requires_grad or not ordinary():
+            if inplace or input.requires_grad or scale.requires_grad or transforming() or _tracing():
                 return masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
             output: Tensor = _per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
             return output
@@ -172,8 +173,9 @@ def fake_quantize(
         _check_number("zero_point", zero_point)
         low, high = _operator_bounds(bounds)
         return masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
-    scale = _as_tensor("scale", scale, torch.float32, input)
-    zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
+    else:
+        scale = _as_tensor("scale", scale, torch.float32, input)
+        zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
     low, high = _operator_bounds(bounds)
     return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
