@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkernels import _autograd
-from quantkernels._autograd import MASKED, masked, transforming
+from quantkernels._autograd import MASKED, bump_versions, masked
 from quantkernels._ops import fail
 
 __all__ = [
@@ -297,6 +297,8 @@ def begin_step(
 ) -> None:
     """Begins a step for the ranges of any number of quantizers, in one call that waits for nothing.
 
+    Under torch.compile it does nothing where the compiled graph runs in a backward (activation checkpointing).
+
     For quantizer i, ``active[i] = ranges[i]``, or (0, 0) while ``step < quant_start_steps[i]``; pending[i] is emptied.
 
     Args:
@@ -309,7 +311,9 @@ def begin_step(
     Raises:
         RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
     """
-    _raw.begin_step(list(ranges), list(active), list(pending), step, quant_start_steps)
+    begin = _raw.begin_step.in_forward if _tracing() else _raw.begin_step.default
+    begin(list(ranges), list(active), list(pending), step, quant_start_steps)
+    bump_versions([*active, *pending])
 
 
 def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
@@ -329,7 +333,9 @@ def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Seque
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    _raw.end_step(list(ranges), list(pending), momenta, step)
+    end = _raw.end_step.in_forward if _tracing() else _raw.end_step.default
+    end(list(ranges), list(pending), momenta, step)
+    bump_versions([*ranges, step])
 
 
 def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels._ops import is_recomputing
 
 if TYPE_CHECKING:
     from quantkernels.nn.fake_quantize import FakeQuantize
@@ -148,5 +149,5 @@ class Observers:
 
 
 def _is_recomputing() -> bool:
-    """Whether this forward runs inside a backward, that is, activation checkpointing computes it again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether this forward is a recomputation; a traced one asks when it runs (functional.begin_step)."""
+    return not torch.compiler.is_compiling() and is_recomputing()
