@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.testing._internal.two_tensor import TwoTensor
 
 from quantkernels import functional, reference
+from quantkernels._autograd import MASKED
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -151,6 +154,9 @@ def test_in_place_under_transforms(name: str) -> None:
     torch.testing.assert_close(grad(loss)(x), leaf.grad)
     torch.testing.assert_close(jacfwd(loss)(x), leaf.grad)
     torch.testing.assert_close(vmap(grad(loss))(x[None])[0], leaf.grad)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(tangent, leaf.grad.sum())
 
 
 def test_vmap_over_scales() -> None:
@@ -196,6 +202,29 @@ def test_observation_under_vmap_sees_every_sample() -> None:
     actual = vmap(lambda x: functional.observe_fake_quantize(x, *states[1], 0, 255))(batch)
     assert torch.equal(actual, expected)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_extrema_of_each_sample() -> None:
+    batch = sample(4, 5, 3)
+    for axis in (None, 0):
+        for actual, expected in zip(
+            vmap(lambda x: functional.min_max(x, axis))(batch),  # noqa: B023
+            zip(*(functional.min_max(x, axis) for x in batch), strict=True),
+            strict=True,
+        ):
+            assert torch.equal(actual, torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_what_leaves_a_transform_keeps_its_gradient(name: str) -> None:
+    """Such a tensor is a wrapper that torch's own operators take off before they look at it."""
+    x = sample(3, 4).requires_grad_()
+    kept: list[Tensor] = []
+    grad(lambda y: (kept.append(y), y.sum())[1])(x)
+    (actual,) = torch.autograd.grad(DIFFERENTIABLE[name](functional)(kept[0]).pow(2).sum(), x)
+    (expected,) = torch.autograd.grad(DIFFERENTIABLE[name](functional)(x).pow(2).sum(), x)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_compiled_transform_is_right() -> None:
@@ -352,7 +381,7 @@ def test_a_scale_that_requires_grad_is_refused() -> None:
         for options in ({}, {"axis": 0}, {"bounds": (0.0, 6.0)}):
             n = 4 if "axis" in options else 1
             scale = torch.full((n,), 0.1, requires_grad=True)
-            with pytest.raises(RuntimeError, match=r"fake_quantize.*: expected `scale` to be a constant"):
+            with pytest.raises(RuntimeError, match=r"^fake_quantize: expected `scale` to be a constant"):
                 functional.fake_quantize(x, scale, zero_point.expand(n), *GRID, **options)  # type: ignore[arg-type]
             with torch.no_grad():
                 functional.fake_quantize(x, scale, zero_point.expand(n), *GRID, **options)  # type: ignore[arg-type]
@@ -621,6 +650,42 @@ def test_unusual_tensors_raise(kind: str) -> None:
             operator(x)
 
 
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE])
+def test_a_wrapper_subclass_quantizes_what_it_wraps(name: str) -> None:
+    a, b = sample(3, 4), sample(3, 4, seed=1)
+    x = TwoTensor(a.clone(), b.clone()).requires_grad_()  # type: ignore[no-untyped-call]
+    y = DIFFERENTIABLE[name](functional)(x)
+    y.pow(2).sum().backward()
+    for part, values in ((lambda t: t.a, a), (lambda t: t.b, b)):
+        leaf = values.clone().requires_grad_()
+        expected = DIFFERENTIABLE[name](functional)(leaf)
+        expected.pow(2).sum().backward()
+        assert torch.equal(part(y), expected)
+        assert torch.equal(part(x.grad), leaf.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_jit_traces_hold_operators_and_have_gradients(recorded: bool, tmp_path: Path) -> None:
+    class Layer(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = functional.dorefa_weight(functional.fake_quantize(self.weight, *scale_of(3), *GRID, 0), 4)
+            y = torch.nn.functional.linear(functional.dorefa_activation(input, 3), weight, self.bias)
+            return functional.fake_quantize(y, *scale_of(), *GRID, inplace=True)
+
+    layer, x = Layer(4, 3), torch.randn(7, 4)
+    with torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(layer, torch.randn(5, 4))
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    assert torch.equal(loaded(x), layer(x))
+    if recorded:
+        layer(x).pow(2).sum().backward()
+        loaded(x).pow(2).sum().backward()
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(loaded.weight.grad, layer.weight.grad)
+
+
 class Labelled(Tensor):
     """A subclass that torch's operators keep."""
 
@@ -638,3 +703,24 @@ def test_a_subclass_gets_the_right_values() -> None:
         assert x.grad is not None
         assert leaf.grad is not None
         assert torch.equal(x.grad.as_subclass(Tensor), leaf.grad), name
+
+
+def test_every_operator_with_a_mask_is_known() -> None:
+    """By its schema: an operator with an in-place twin, and what the table reads off it."""
+    registered = {
+        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("quantkernels::")
+    }
+
+    def full_name(operator: Any) -> str:
+        schema = operator.traced._schema
+        return ".".join(filter(None, (schema.name.partition("::")[2], schema.overload_name)))
+
+    twins = {name for name in registered if name.partition(".")[0] + "_" in {n.partition(".")[0] for n in registered}}
+    assert {full_name(quantizer.operator) for quantizer in MASKED.values()} == twins
+    for quantizer in MASKED.values():
+        assert full_name(quantizer.in_place).replace("_.", ".").removesuffix("_") == full_name(quantizer.operator)
+        schemas = (quantizer.operator.traced._schema, quantizer.in_place.traced._schema)
+        names, in_place_names = ([argument.name for argument in schema.arguments] for schema in schemas)
+        assert names == in_place_names == ["input", *quantizer.names]
+        written = tuple(argument.name for argument in schemas[0].arguments if argument.is_write)
+        assert (quantizer.names[quantizer.mutated] if quantizer.mutated is not None else ()) == written
