@@ -504,7 +504,7 @@ class _TransformedDoReFaGradient(Function):
 
     @staticmethod
     def forward(input: Tensor, rng_state: Tensor, bits: int, randomness: str) -> Tensor:
-        return input.view_as(input)
+        return input.clone(memory_format=torch.preserve_format)  # not a view: what follows may be in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -518,7 +518,7 @@ class _TransformedDoReFaGradient(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].view_as(tangents[0])  # type: ignore[no-any-return]
+        return tangents[0].clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
 
     @staticmethod
     def vmap(

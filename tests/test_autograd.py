@@ -168,6 +168,21 @@ def test_vmap_over_scales() -> None:
     assert torch.equal(vmap(lambda x, s: functional.fake_quantize(x, s, zero_point, *GRID))(xs, scales), expected)
 
 
+@pytest.mark.parametrize("name", ["tensor", "first axis", "last axis", "bounds", "activation"])
+def test_vmap_sample_by_sample_is_vmap_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of operators whose elements depend on one another, on operators whose do not."""
+    operator, batch = STRAIGHT_THROUGH[name](functional), sample(4, 5, 3)
+
+    def loss(x: Tensor) -> Tensor:
+        return operator(x).pow(2).sum()
+
+    results = [vmap(operator, 1)(batch), vmap(grad(loss), 1)(batch)]
+    for key, quantizer in MASKED.items():
+        monkeypatch.setitem(MASKED, key, quantizer._replace(elementwise=False))
+    assert torch.equal(vmap(operator, 1)(batch), results[0])
+    assert torch.equal(vmap(grad(loss), 1)(batch), results[1])
+
+
 @pytest.mark.parametrize("axis", [2, -3])
 def test_vmap_does_not_reach_an_axis_of_the_batch(axis: int) -> None:
     with pytest.raises(RuntimeError, match="fake_quantize: expected `axis` to be an axis of `input`"):
@@ -364,6 +379,20 @@ def test_noise_under_vmap_is_asked_for(randomness: str) -> None:
         grad(lambda b: vmap(loss, randomness=randomness)(b).sum())(batch)
     torch.testing.assert_close(vmap(loss, randomness=randomness)(batch), batch.pow(2).sum(1))
     assert state.tolist() == [5, 0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_operators_in_place_may_follow_a_quantized_gradient_under_transforms(inplace: bool) -> None:
+    x, states = sample(3, 4), [rng_state(), rng_state()]
+
+    def loss(x: Tensor, state: Tensor, inplace: bool) -> Tensor:
+        y = functional.dorefa_gradient(x * 2, state, 4, inplace=inplace)
+        return (torch.relu_(y) if inplace else torch.relu(y)).pow(2).sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf, states[0], False).backward()
+    assert leaf.grad is not None
+    assert torch.equal(grad(lambda x: loss(x, states[1], inplace))(x), leaf.grad)
 
 
 def test_forward_mode_passes_a_tangent_through_the_gradient_quantizer() -> None:
