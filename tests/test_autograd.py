@@ -735,21 +735,21 @@ def test_a_subclass_gets_the_right_values() -> None:
 
 
 def test_every_operator_with_a_mask_is_known() -> None:
-    """By its schema: an operator with an in-place twin, and what the table reads off it."""
-    registered = {
-        name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("quantkernels::")
-    }
+    """What the table says of each is what its schema says."""
 
-    def full_name(operator: Any) -> str:
-        schema = operator.traced._schema
+    def full_name(schema: Any) -> str:
         return ".".join(filter(None, (schema.name.partition("::")[2], schema.overload_name)))
 
-    twins = {name for name in registered if name.partition(".")[0] + "_" in {n.partition(".")[0] for n in registered}}
-    assert {full_name(quantizer.operator) for quantizer in MASKED.values()} == twins
-    for quantizer in MASKED.values():
-        assert full_name(quantizer.in_place).replace("_.", ".").removesuffix("_") == full_name(quantizer.operator)
-        schemas = (quantizer.operator.traced._schema, quantizer.in_place.traced._schema)
-        names, in_place_names = ([argument.name for argument in schema.arguments] for schema in schemas)
-        assert names == in_place_names == ["input", *quantizer.names]
-        written = tuple(argument.name for argument in schemas[0].arguments if argument.is_write)
+    own = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("quantkernels::")]
+    returning = {full_name(s) for s in own if [value.name for value in s.returns] == ["output", "mask"]}
+    schemas = [quantizer.operator.traced._schema for quantizer in MASKED.values()]
+    assert {full_name(schema) for schema in schemas} == returning
+    for schema, quantizer in zip(schemas, MASKED.values(), strict=True):
+        assert [argument.name for argument in schema.arguments] == ["input", *quantizer.names]
+        written = tuple(argument.name for argument in schema.arguments if argument.is_write)
         assert (quantizer.names[quantizer.mutated] if quantizer.mutated is not None else ()) == written
+        twin = f"{schema.name}_"
+        if any(other.name == twin for other in own):
+            other = quantizer.in_place.traced._schema
+            assert (other.name, other.overload_name) == (twin, schema.overload_name)
+            assert [argument.name for argument in other.arguments] == ["input", *quantizer.names]
