@@ -83,6 +83,8 @@ MASKED = {
     "fake_quantize": Masked.of(_raw.fake_quantize.default, _raw.fake_quantize_.default),
     "fake_quantize_per_tensor": Masked.of(_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
     "fake_quantize_number": Masked.of(_raw.fake_quantize.number, _raw.fake_quantize_.number),
+    "fake_quantize_current": Masked.of(_raw.fake_quantize_current.default, None, elementwise=False),
+    "fake_quantize_in_range": Masked.of(_raw.fake_quantize_in_range.default, _raw.fake_quantize_in_range_.default),
     "observe_fake_quantize": Masked.of(_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
     "dorefa_activation": Masked.of(_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
 }
@@ -441,10 +443,10 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     return _record(_DoReFaWeight, weight, bits)  # type: ignore[no-any-return]
 
 
-def _quantize_gradient(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+def _quantize_gradient(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
     if transforming() or needs_grad(grad_output):
-        return apply(_QuantizedGradient, grad_output, rng_state, bits)  # type: ignore[no-any-return]
-    gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits)
+        return apply(_QuantizedGradient, grad_output, rng_state, bits, stream)  # type: ignore[no-any-return]
+    gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
     bump_versions([rng_state])
     return gradient
 
@@ -453,25 +455,26 @@ class _DoReFaGradient(Function):
     """The identity, whose gradient is quantized stochastically."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, stream: int, inplace: bool) -> Tensor:
         ctx.rng_state = rng_state
         ctx.bits = bits
+        ctx.stream = stream
         if inplace:
             ctx.mark_dirty(input)
             return input
         return input.view_as(input)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _quantize_gradient(grad_outputs[0], ctx.rng_state, ctx.bits), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _quantize_gradient(grad_outputs[0], ctx.rng_state, ctx.bits, ctx.stream), None, None, None, None
 
 
 class _QuantizedGradient(Function):
     """A quantized gradient of which derivatives are asked, and has none; each sample of a vmap draws its own noise."""
 
     @staticmethod
-    def forward(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
-        gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits)
+    def forward(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
+        gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
         bump_versions([rng_state])
         return gradient
 
@@ -503,18 +506,18 @@ class _TransformedDoReFaGradient(Function):
     """:class:`_DoReFaGradient` for transforms; forward mode passes the tangent, which the noise leaves in the mean."""
 
     @staticmethod
-    def forward(input: Tensor, rng_state: Tensor, bits: int, randomness: str) -> Tensor:
+    def forward(input: Tensor, rng_state: Tensor, bits: int, stream: int, randomness: str) -> Tensor:
         return input.clone(memory_format=torch.preserve_format)  # not a view: what follows may be in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.rng_state, ctx.bits, ctx.randomness = inputs
+        _, ctx.rng_state, ctx.bits, ctx.stream, ctx.randomness = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         _check_randomness(ctx.randomness)
-        gradient: Tensor = apply(_QuantizedGradient, grad_outputs[0], ctx.rng_state, ctx.bits)
-        return gradient, None, None, None
+        gradient: Tensor = apply(_QuantizedGradient, grad_outputs[0], ctx.rng_state, ctx.bits, ctx.stream)
+        return gradient, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -522,18 +525,24 @@ class _TransformedDoReFaGradient(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], input: Tensor, rng_state: Tensor, bits: int, randomness: str
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: Tensor,
+        rng_state: Tensor,
+        bits: int,
+        stream: int,
+        randomness: str,
     ) -> tuple[Tensor, int]:
-        samples = _slices(info.batch_size, in_dims, (input, rng_state, bits, info.randomness))
+        samples = _slices(info.batch_size, in_dims, (input, rng_state, bits, stream, info.randomness))
         return torch.stack([apply(_TransformedDoReFaGradient, *sample) for sample in samples]), 0
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, stream: int, inplace: bool) -> Tensor:
     """DoReFa gradients of 1 to 16 bits."""
     if transforming():
-        return apply(_TransformedDoReFaGradient, input, rng_state, bits, "different")  # type: ignore[no-any-return]
+        return apply(_TransformedDoReFaGradient, input, rng_state, bits, stream, "different")  # type: ignore[no-any-return]
     if not needs_grad(input):
         return input
     if inplace and not _tracing():
         _check_history("dorefa_gradient", input)
-    return _record(_DoReFaGradient, input, rng_state, bits, inplace)  # type: ignore[no-any-return]
+    return _record(_DoReFaGradient, input, rng_state, bits, stream, inplace)  # type: ignore[no-any-return]

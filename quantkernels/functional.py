@@ -11,6 +11,7 @@ elsewhere; one bit per element is all that is kept for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ from quantkernels._autograd import MASKED, masked
 from quantkernels._ops import fail
 
 __all__ = [
+    "begin_step",
     "dorefa_activation",
     "dorefa_gradient",
     "dorefa_weight",
+    "end_step",
     "fake_quantize",
+    "fake_quantize_current",
+    "fake_quantize_in_range",
     "min_max",
     "observe_fake_quantize",
     "qparams",
@@ -34,8 +39,8 @@ __all__ = [
 ]
 
 Bounds = tuple[float, float]
-_NO_BOUNDS: Bounds = (-math.inf, math.inf)
 _SMALLEST_SCALE = 2.0**-126
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _raw: Any = torch.ops.quantkernels
 _per_tensor = MASKED["fake_quantize_per_tensor"].operator.eager
@@ -79,7 +84,7 @@ def qparams(
         symmetric: whether the zero point is fixed to the middle of the grid.
 
     Returns:
-        ``(scale, zero_point)``, float32 (at least 2^-126) and int32, of the shape of `range_min`.
+        ``(scale, zero_point)``, float32 (at least 2^-126, finite) and int32, of the shape of `range_min`.
     """
     op = "qparams"
     for argument, tensor in (("range_min", range_min), ("range_max", range_max)):
@@ -93,9 +98,21 @@ def qparams(
         middle = 0 if quant_min < 0 else (quant_max + 1) // 2
         scale = torch.maximum(-low, high).div(quant_max - middle).clamp(min=_SMALLEST_SCALE)
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = (high - low).div(quant_max - quant_min).clamp(min=_SMALLEST_SCALE)
+    levels = quant_max - quant_min
+    spread = high - low
+    # A spread beyond the largest float is divided before it is doubled.
+    scale = torch.where(spread.isfinite(), spread / levels, 2 * ((high / 2 - low / 2) / levels))
+    scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+def _operator_bounds(bounds: Bounds | None) -> tuple[float | None, float | None]:
+    """As operators take them: a bound that is infinite is None."""
+    if bounds is None:
+        return None, None
+    low, high = bounds
+    return None if low == -math.inf else low, None if high == math.inf else high
 
 
 def _as_tensor(argument: str, value: Tensor | float, dtype: torch.dtype, input: Tensor) -> Tensor:
@@ -161,53 +178,37 @@ def fake_quantize(
     elif axis is None and not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         _check_number("scale", scale)
         _check_number("zero_point", zero_point)
-        low, high = bounds or _NO_BOUNDS
+        low, high = _operator_bounds(bounds)
         return masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
     else:
         scale = _as_tensor("scale", scale, torch.float32, input)
         zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
-    low, high = bounds or _NO_BOUNDS
+    low, high = _operator_bounds(bounds)
     return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
 
-def observe_fake_quantize(
+def fake_quantize_in_range(
     input: Tensor,
-    range: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    step: Tensor,
+    observed_range: Tensor,
     quant_min: int,
     quant_max: int,
     *,
     symmetric: bool = False,
     axis: int | None = None,
-    momentum: float = 0.01,
-    quant_start_step: int = 0,
-    observe: bool = True,
-    advance_step: bool = True,
     bounds: Bounds | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Observes the input's range and fake-quantizes it, in one operator without host synchronisation.
+    """Fake-quantizes with the scale and zero point that follow from a range (:func:`qparams`). Pure.
 
-    With `observe`, the extrema of the (clamped) input enter the moving average `range`, from which `scale` and
-    `zero_point` follow; an observation that is not finite is ignored. Without it no buffer changes. A channel whose
-    range has not been observed, and every channel while ``step < quant_start_step``, passes unquantized (but clamped).
+    A channel whose range has seen nothing, (0, 0), or is not finite passes unquantized (but clamped by `bounds`).
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16.
-        range: float32 [2] or [2, channels], minimum and maximum; (+inf, -inf) until the first observation. Mutated.
-        scale: float32 [1] or [channels]. Mutated.
-        zero_point: int32 [1] or [channels]. Mutated.
-        step: int64, one element: the training steps so far. Mutated.
+        observed_range: float32 [2] or, with `axis`, [2, channels]: minimum and maximum.
         quant_min: lowest integer of the grid.
         quant_max: highest integer of the grid.
         symmetric: the zero point is fixed to the middle of the grid.
         axis: the channel dimension; None for per tensor.
-        momentum: weight of the current range in the moving average, in (0, 1]; 1 takes the current range alone.
-        quant_start_step: the step at which quantization begins; observation begins at once.
-        observe: update range, scale and zero point (training).
-        advance_step: add one to `step` afterwards.
         bounds: ``(low, high)`` of a clamp-type activation applied first.
         inplace: write the result into `input`.
 
@@ -219,10 +220,125 @@ def observe_fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    low, high = bounds or _NO_BOUNDS
-    state = (range, scale, zero_point, step, quant_min, quant_max)
-    options = (symmetric, axis, momentum, quant_start_step, observe, advance_step, low, high)
-    return masked("observe_fake_quantize", input, inplace, state + options)
+    arguments = (observed_range, quant_min, quant_max, symmetric, axis, *_operator_bounds(bounds))
+    return masked("fake_quantize_in_range", input, inplace, arguments)
+
+
+def observe_fake_quantize(
+    input: Tensor,
+    active: Tensor,
+    pending: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    axis: int | None = None,
+    bounds: Bounds | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Fake-quantizes with the range `active` and widens `pending` by the input's extrema, in one pass over memory.
+
+    As :func:`fake_quantize_in_range`; the extrema are those of the (clamped) input, and NaN propagates into them.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16.
+        active: float32 [2] or, with `axis`, [2, channels]: the range that this step quantizes with.
+        pending: float32, of the shape of `active`: this step's extrema so far, (inf, -inf) for none. Mutated.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        symmetric: the zero point is fixed to the middle of the grid.
+        axis: the channel dimension; None for per tensor.
+        bounds: ``(low, high)`` of a clamp-type activation applied first.
+        inplace: write the result into `input`.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
+    """
+    arguments = (active, pending, quant_min, quant_max, symmetric, axis, *_operator_bounds(bounds))
+    return masked("observe_fake_quantize", input, inplace, arguments)
+
+
+def fake_quantize_current(
+    input: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    axis: int | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Fake-quantizes with the input's own range. Pure: there is no state to grow old.
+
+    A channel of zeros, or one whose extrema are not finite, passes unquantized.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        symmetric: the zero point is fixed to the middle of the grid.
+        axis: the dimension with a range per index; None for one range.
+        active: float32 [2]: while it is (0, 0) the input passes unquantized, which is decided on its device.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
+    """
+    return masked("fake_quantize_current", input, False, (active, quant_min, quant_max, symmetric, axis))
+
+
+def begin_step(
+    ranges: Sequence[Tensor],
+    active: Sequence[Tensor],
+    pending: Sequence[Tensor],
+    step: Tensor,
+    quant_start_steps: Sequence[int],
+) -> None:
+    """Begins a step for the ranges of any number of quantizers, in one call that waits for nothing.
+
+    For quantizer i, ``active[i] = ranges[i]``, or (0, 0) while ``step < quant_start_steps[i]``; pending[i] is emptied.
+
+    Args:
+        ranges: each float32 [2] or [2, channels], contiguous.
+        active: as `ranges`: what the step quantizes with. Mutated.
+        pending: as `ranges`: the step's extrema. Mutated.
+        step: int64, one element: the steps so far.
+        quant_start_steps: for each quantizer the step at which quantization begins.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+    """
+    _raw.begin_step(list(ranges), list(active), list(pending), step, quant_start_steps)
+    _autograd.bump_versions((*active, *pending))
+
+
+def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
+    """Ends a step: every quantizer's extrema enter its moving average, and the step is counted.
+
+    ``range += momentum * (pending - range)``, rounded to float32 after every operation. A range that has seen nothing
+    takes `pending` itself; a pending pair that is not finite is dropped.
+
+    Args:
+        ranges: each float32 [2] or [2, channels], contiguous. Mutated.
+        pending: as `ranges`: the step's extrema.
+        momenta: for each quantizer the weight of the step, in (0, 1]; 1 takes the step alone.
+        step: int64, one element: the steps so far. Mutated.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
+    """
+    _raw.end_step(list(ranges), list(pending), momenta, step)
+    _autograd.bump_versions((*ranges, step))
 
 
 def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -283,7 +399,7 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
     return masked("dorefa_activation", input, inplace, (bits,))
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0) -> Tensor:
     """Passes the input; quantizes the gradient that flows back to `bits` bits with stochastic rounding.
 
     Each sample (index of the first dimension) is scaled by its own largest magnitude m:
@@ -297,6 +413,7 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
         inplace: return `input` itself, as after an in-place operator, so that later in-place operators may write to it.
             Not for a leaf, nor where the operator that made `input` keeps it for its own backward. Otherwise the result
             is a view, which torch forbids to be written to.
+        stream: which of the seed's independent streams of noise is drawn from, such as the rank of the process.
 
     Returns:
         `input`, or a view of it. Nothing is copied.
@@ -305,4 +422,4 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
     """
     if bits == 32:
         return input
-    return _autograd.dorefa_gradient(input, rng_state, bits, inplace)
+    return _autograd.dorefa_gradient(input, rng_state, bits, stream, inplace)

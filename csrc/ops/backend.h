@@ -13,6 +13,9 @@ namespace qk::ops {
 
 // A backend also holds a scale and a zero point that the caller gave as numbers where its kernels can read them.
 struct Cpu {
+  // Whether the operators may read values to check them.
+  static constexpr bool kReadsOnHost = true;
+
   struct Parameters {
     float scale;
     int32_t zero_point;
@@ -34,6 +37,8 @@ struct Cpu {
 
 #if defined(QUANTKERNELS_WITH_CUDA)
 struct Cuda {
+  static constexpr bool kReadsOnHost = false;
+
   // Filled by kernels on the current stream: nothing waits.
   class Parameters {
    public:

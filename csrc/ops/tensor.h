@@ -8,11 +8,14 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace qk::ops {
 
@@ -32,6 +35,9 @@ class Tensor {
   const int64_t* sizes() const { return ask<int64_t*>(aoti_torch_get_sizes); }
   const int64_t* strides() const { return ask<int64_t*>(aoti_torch_get_strides); }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  bool has_shape_of(const Tensor& other) const {
+    return dim() == other.dim() && std::equal(sizes(), sizes() + dim(), other.sizes());
+  }
   // As LibTorch numbers them: aoti_torch_dtype_float32(), aoti_torch_device_type_cpu() and so on.
   int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
   int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
@@ -77,8 +83,8 @@ inline void fill(const Tensor& target, double value) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_fill__Scalar(target.get(), value));
 }
 
-// The kernel of a function of tensors and numbers that returns a tensor or a tuple of them: it takes the arguments off
-// the stack and leaves the results there.
+// The kernel of a function of tensors and numbers that returns nothing, a tensor or a tuple of them: it takes the
+// arguments off the stack and leaves the results there.
 template <auto function>
 struct Boxed;
 
@@ -87,14 +93,19 @@ struct Boxed<function> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
     STD_TORCH_CHECK(arguments == sizeof...(Parameters) && results == kResults,
                     "quantkernels: a schema and its function differ");
-    leave(stack, std::apply(function, take(stack, std::index_sequence_for<Parameters...>{})));
+    const Arguments arguments_of_call = take(stack, std::index_sequence_for<Parameters...>{});
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(function, arguments_of_call);
+    } else {
+      leave(stack, std::apply(function, arguments_of_call));
+    }
   }
 
  private:
   using Arguments = std::tuple<std::decay_t<Parameters>...>;
 
   template <class T>
-  struct Count : std::integral_constant<uint64_t, 1> {};
+  struct Count : std::integral_constant<uint64_t, std::is_void_v<T> ? 0 : 1> {};
   template <class... T>
   struct Count<std::tuple<T...>> : std::integral_constant<uint64_t, sizeof...(T)> {};
   static constexpr uint64_t kResults = Count<Result>::value;
@@ -103,6 +114,15 @@ struct Boxed<function> {
   static T argument(StableIValue value) {
     if constexpr (std::is_same_v<T, Tensor>) {
       return Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
+    } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+      const std::optional<AtenTensorHandle> handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
+      return handle.has_value() ? T(Tensor(*handle)) : T();
+    } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+      T tensors;
+      for (AtenTensorHandle handle : torch::stable::detail::to<std::vector<AtenTensorHandle>>(value)) {
+        tensors.emplace_back(handle);
+      }
+      return tensors;
     } else {
       return torch::stable::detail::to<T>(value);
     }

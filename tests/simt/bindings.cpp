@@ -100,9 +100,9 @@ void dorefa_activation(int dtype, Pointer input, Pointer output, Pointer mask, i
 }
 
 void dorefa_gradient(int dtype, Pointer grad_output, Pointer grad_input, int64_t samples, int64_t inner, int bits,
-                     Pointer rng_state) {
+                     Pointer rng_state, int64_t stream) {
   run_job(DoReFaGradientJob{static_cast<DType>(dtype), as<void>(grad_output), as<void>(grad_input), samples, inner,
-                            bits, as<int64_t>(rng_state)});
+                            bits, as<int64_t>(rng_state), stream});
 }
 
 }  // namespace

@@ -120,7 +120,7 @@ void sweep_dorefa(int64_t numel, int64_t offset) {
   run(DoReFaWeightGradientJob{dtype, input.data(), weight.data(), &statistic, output.data(), numel});
   int64_t rng_state[] = {5, 7};
   const int64_t samples = numel % 5 == 0 ? 5 : 1;
-  run(DoReFaGradientJob{dtype, input.data(), output.data(), samples, numel / samples, 4, rng_state});
+  run(DoReFaGradientJob{dtype, input.data(), output.data(), samples, numel / samples, 4, rng_state, 3});
   if (rng_state[1] != 8) throw Error("the step was not advanced");
 }
 

@@ -194,7 +194,7 @@ class EmulatedOperators:
         _write_back(input, output)
         return mask
 
-    def dorefa_gradient(self, grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+    def dorefa_gradient(self, grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
         source = grad_output.contiguous()
         grad_input = _poisoned(source)
         samples = source.shape[0] if source.dim() > 0 else 1
@@ -206,5 +206,6 @@ class EmulatedOperators:
             source.numel() // max(samples, 1),
             bits,
             rng_state.data_ptr(),
+            stream,
         )
         return grad_input.contiguous(memory_format=_memory_format(grad_output))
