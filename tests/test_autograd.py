@@ -30,8 +30,9 @@ def rng_state() -> Tensor:
     return torch.tensor([5, 0])
 
 
-def observer_state() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.tensor([-1.0, 1.0]), *scale_of(), torch.tensor(3)
+def observer_state() -> tuple[Tensor, Tensor]:
+    """What a step quantizes with, and its extrema so far."""
+    return torch.tensor([-1.0, 1.0]), torch.tensor([math.inf, -math.inf])
 
 
 # Elementwise, with straight-through gradients; `module` is the library or the reference.
@@ -41,6 +42,15 @@ STRAIGHT_THROUGH: dict[str, Callable[[Any], Operator]] = {
     "bounds": lambda module: lambda x: module.fake_quantize(x, *scale_of(), *GRID, bounds=(0.0, 0.4)),
     "first axis": lambda module: lambda x: module.fake_quantize(x, *scale_of(x.shape[0]), *GRID, 0),
     "last axis": lambda module: lambda x: module.fake_quantize(x, *scale_of(x.shape[-1]), *GRID, -1),
+    "range": lambda module: lambda x: module.fake_quantize_in_range(x, torch.tensor([-0.5, 1.0]), *GRID),
+    "range of channels": lambda module: (
+        lambda x: module.fake_quantize_in_range(
+            x, torch.stack([-scale_of(x.shape[0])[0], scale_of(x.shape[0])[0]]), *GRID, axis=0
+        )
+    ),
+    "current": lambda module: lambda x: module.fake_quantize_current(x, *GRID),
+    "current channels": lambda module: lambda x: module.fake_quantize_current(x, -7, 7, symmetric=True, axis=0),
+    "observed": lambda module: lambda x: module.observe_fake_quantize(x, *observer_state(), *GRID),
     "activation": lambda module: lambda x: module.dorefa_activation(x, 3),
     "sign": lambda module: lambda x: module.dorefa_weight(x, 1),
 }
@@ -51,6 +61,8 @@ IN_PLACE: dict[str, Operator] = {
     "number": lambda x: functional.fake_quantize(x, 0.1, 0, *GRID, inplace=True),
     "tensor": lambda x: functional.fake_quantize(x, *scale_of(), *GRID, inplace=True),
     "axis": lambda x: functional.fake_quantize(x, *scale_of(x.shape[-1]), *GRID, -1, inplace=True),
+    "range": lambda x: functional.fake_quantize_in_range(x, torch.tensor([-0.5, 1.0]), *GRID, inplace=True),
+    "observed": lambda x: functional.observe_fake_quantize(x, *observer_state(), *GRID, inplace=True),
     "activation": lambda x: functional.dorefa_activation(x, 3, inplace=True),
 }
 
@@ -435,6 +447,21 @@ def test_a_derivative_by_the_scale_is_refused_under_transforms() -> None:
         loss(forward_ad.make_dual(scale, scale))
 
 
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_range_that_requires_grad_is_refused(argument: int) -> None:
+    state = observer_state()
+    state[argument].requires_grad_()
+    name = ("active", "pending")[argument]
+    with pytest.raises(RuntimeError, match=f"^observe_fake_quantize: expected `{name}` to be a constant"):
+        functional.observe_fake_quantize(torch.randn(4), *state, *GRID)
+    assert [buffer._version for buffer in state] == [0, 0]
+    if argument == 0:
+        with pytest.raises(RuntimeError, match="to be a constant"):
+            functional.fake_quantize_in_range(torch.randn(4), state[0], *GRID)
+        with pytest.raises(RuntimeError, match=r"^fake_quantize_current: expected `active` to be a constant"):
+            functional.fake_quantize_current(torch.randn(4), *GRID, active=state[0])
+
+
 # Version counters
 
 
@@ -458,11 +485,19 @@ def test_in_place_operators_bump_the_version(name: str) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_observation_bumps_the_versions_of_its_state(inplace: bool, requires_grad: bool) -> None:
     state = observer_state()
-    versions = [buffer._version for buffer in state]
     x = torch.randn(8, requires_grad=requires_grad) * 1
     functional.observe_fake_quantize(x, *state, 0, 255, inplace=inplace)
-    assert [buffer._version for buffer in state] == [version + 1 for version in versions]
+    assert [buffer._version for buffer in state] == [0, 1]
     assert x._version == inplace
+
+
+def test_a_step_bumps_the_versions_of_its_state() -> None:
+    ranges, active, pending = ([torch.zeros(2), torch.zeros(2, 3)] for _ in range(3))
+    step = torch.tensor(0)
+    functional.begin_step(ranges, active, pending, step, [0, 0])
+    assert [tensor._version for tensor in (*ranges, *active, *pending, step)] == [0, 0, 1, 1, 1, 1, 0]
+    functional.end_step(ranges, pending, [0.1, 0.1], step)
+    assert [tensor._version for tensor in (*ranges, *active, *pending, step)] == [1, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_backward_pass_bumps_the_version_of_its_random_state() -> None:
@@ -548,7 +583,7 @@ FORBIDDEN = (
 
 
 def observe_in_place(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-    return functional.observe_fake_quantize(x, *state, 0, 255, momentum=1.0, inplace=True)  # type: ignore[arg-type]
+    return functional.observe_fake_quantize(x, *state, 0, 255, inplace=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", FORBIDDEN)
@@ -671,7 +706,7 @@ def unusual() -> dict[str, Tensor]:
 )
 def test_unusual_tensors_raise(kind: str) -> None:
     x = unusual()[kind]
-    operators = [DIFFERENTIABLE[name](functional) for name in ("number", "tensor", "activation", "sign", "weight")]
+    operators = [DIFFERENTIABLE[name](functional) for name in ("number", "tensor", "current", "activation", "weight")]
     for operator in (*operators, *(IN_PLACE[name] for name in ("number", "tensor", "activation"))):
         with pytest.raises(
             (RuntimeError, NotImplementedError), match=r"expected `|Could not run 'quantkernels::|do not have"
