@@ -1,20 +1,22 @@
 """Owns how the raw operators differentiate: autograd, transforms, version counters, and what may be written in place.
 
 There are two ways through an operator. The ordinary one is an autograd Function with one forward, which costs a few
-microseconds. While a transform of ``torch.func`` or a forward-mode level is active, or gradients are batched, the
-result is composed of torch's own operators around a kernel that is not differentiated, so that every transform finds
-its rule; Functions with ``setup_context`` serve there, whose calls cost three times as much.
+microseconds. While a transform of ``torch.func``, a forward-mode level or torch.jit.trace is active, the result is
+composed of torch's own operators around a kernel that is not differentiated, so that each of them finds its rules;
+Functions with ``setup_context`` serve there, whose calls cost three times as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
+from torch.jit import _trace as _jit
 
 from quantkernels._ops import fail, memory_format_index
 
@@ -47,6 +49,7 @@ class Masked(NamedTuple):
     """A quantizer that returns (output, mask), and its in-place twin, which returns the mask.
 
     Attributes:
+        name: the operator's, for errors.
         operator: the one that returns (output, mask).
         in_place: its twin.
         names: of the arguments behind the input.
@@ -55,6 +58,7 @@ class Masked(NamedTuple):
         elementwise: an element's result depends on no other element of the input.
     """
 
+    name: str
     operator: _Operator
     in_place: _Operator
     names: tuple[str, ...]
@@ -71,7 +75,8 @@ class Masked(NamedTuple):
         written = [i for i in tensors if arguments[i].is_write]
         mutated = slice(written[0], written[-1] + 1) if written else None
         constants = tuple(i for i in tensors if names[i] not in ("zero_point", "step"))
-        return cls(_Operator.of(operator), _Operator.of(in_place), names, mutated, constants, elementwise)
+        name = operator._schema.name.partition("::")[2]
+        return cls(name, _Operator.of(operator), _Operator.of(in_place), names, mutated, constants, elementwise)
 
 
 MASKED = {
@@ -110,8 +115,20 @@ def _record(function: type[Function], input: Tensor, *arguments: Any) -> Any:
 
 
 def transforming() -> bool:
-    """Whether derivatives are asked for that the ordinary Functions do not know."""
+    """Whether derivatives may be asked for that the ordinary Functions do not know."""
     return _functorch_active() or forward_ad._current_level >= 0
+
+
+def composing() -> bool:
+    """Whether a result is to be composed of torch's operators: under transforms, and in the trace of a module.
+
+    The trace holds the gradient with grad mode and without it, since torch.jit.trace checks the one by the other.
+    """
+    return _functorch_active() or forward_ad._current_level >= 0 or _jit._trace_module_map is not None
+
+
+def _in_jit_trace() -> bool:
+    return not _tracing() and torch._C._is_tracing()
 
 
 def bump_versions(tensors: Iterable[Tensor]) -> None:
@@ -121,33 +138,26 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
 
 
 def needs_grad(tensor: Tensor) -> bool:
-    """Whether an operator on `tensor` is recorded. torch.jit.trace knows operators, not autograd's Functions."""
-    return tensor.requires_grad and _is_grad_enabled() and torch._C._get_tracing_state() is None
+    """Whether an operator on `tensor` is recorded."""
+    return tensor.requires_grad and _is_grad_enabled()
 
 
-def refuse_gradients(op: str, names: tuple[str, ...], positions: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-    """Raises for an argument that asks for a gradient that the operator does not have."""
-    for position in positions:
-        tensor = arguments[position]
-        if tensor is not None and tensor.requires_grad:
-            _refuse_gradient(op, names[position])
-
-
-def _refuse_gradient(op: str, argument: str) -> None:
-    fail(op, argument, "a constant", "a tensor that requires a gradient, which this operator does not have")
+def _refuse_gradient(quantizer: Masked, position: int) -> None:
+    actual = "a tensor that requires a gradient, which this operator does not have"
+    fail(quantizer.name, quantizer.names[position], "a constant", actual)
 
 
 def check_writable(op: str, input: Tensor, recorded: bool) -> None:
     """Raises where torch's own in-place operators do, before a kernel has written to anything.
 
     Args:
-        op: the operator's name.
+        op: the operator's name, or the key of a quantizer.
         input: what is to be written to.
         recorded: whether autograd records the call.
     """
     if input.is_inference() and not torch.is_inference_mode_enabled():
         _refuse_write(op, "an inference tensor outside of inference mode")
-    if not input.is_contiguous() and torch._debug_has_internal_overlap(input) == 1:
+    if not input.is_contiguous() and 0 in input.stride() and torch._debug_has_internal_overlap(input) == 1:
         _refuse_write(op, "one whose elements share memory (expanded); clone it first")
     if recorded:
         _check_history(op, input)
@@ -167,7 +177,7 @@ def _check_history(op: str, input: Tensor) -> None:
 
 
 def _refuse_write(op: str, actual: str) -> None:
-    fail(op, "input", "a tensor that may be written in place", actual)
+    fail(MASKED[op].name if op in MASKED else op, "input", "a tensor that may be written in place", actual)
 
 
 def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
@@ -182,7 +192,7 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
     Returns:
         The quantized tensor.
     """
-    if _functorch_active() or forward_ad._current_level >= 0:
+    if _functorch_active() or forward_ad._current_level >= 0 or _jit._trace_module_map is not None:
         return _masked_transformed(name, input, inplace, arguments)
     if _tracing():
         return _masked_traced(name, input, inplace, arguments)
@@ -190,15 +200,15 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
     for position in constants:
         constant = arguments[position]
         if constant is not None and constant.requires_grad and _is_grad_enabled():
-            _refuse_gradient(name, MASKED[name].names[position])
+            _refuse_gradient(MASKED[name], position)
     recorded = input.requires_grad and _is_grad_enabled()
     if inplace:
         check_writable(name, input, recorded)
         if input.is_neg():  # whose bits are not its values
             return input.copy_(masked(name, input, False, arguments))
     if recorded:
-        if inplace and torch._C._get_tracing_state() is not None:  # which knows no Function that works in place
-            return input.copy_(masked(name, input, False, arguments))
+        if _in_jit_trace():
+            return _masked_transformed(name, input, inplace, arguments)
         return _record_masked(_unwrap_if_dead(input), name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
         in_place(input, *arguments)
@@ -214,7 +224,9 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
 def _masked_traced(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
     quantizer = MASKED[name]
     if _is_grad_enabled():
-        refuse_gradients(name, quantizer.names, quantizer.constants, arguments)
+        for position in quantizer.constants:
+            if arguments[position] is not None and arguments[position].requires_grad:
+                _refuse_gradient(quantizer, position)
         if input.requires_grad:
             return apply(_Masked, input, name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
@@ -287,26 +299,9 @@ def _unpack(mask: Tensor, shape: torch.Size, memory_format: int) -> Tensor:
 # Under transforms
 
 
-class _Replace(Function):
-    """The values of `value` with the derivatives of `smooth`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(smooth: Tensor, value: Tensor) -> Tensor:
-        return value.clone(memory_format=torch.preserve_format)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
+def _replace(smooth: Tensor, value: Tensor) -> Tensor:
+    """The values of `value`, to the bit, with the derivatives of `smooth` where that is finite."""
+    return value - (smooth.detach() - smooth).nan_to_num()
 
 
 def _slices(batch_size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -337,9 +332,9 @@ class _MaskedValue(Function):
 
     @staticmethod
     def _refuse(ctx: Any, wanted: list[bool]) -> None:
-        for argument, is_wanted in zip(MASKED[ctx.name].names, wanted[2:], strict=True):
+        for position, is_wanted in enumerate(wanted[2:]):
             if is_wanted:
-                _refuse_gradient(ctx.name, argument)
+                _refuse_gradient(MASKED[ctx.name], position)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, None]:
@@ -364,8 +359,10 @@ class _MaskedValue(Function):
 def _masked_transformed(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
     if inplace:
         check_writable(name, input, needs_grad(input))
-    value, passes = apply(_MaskedValue, input.detach(), name, *arguments)
-    output: Tensor = apply(_Replace, torch.where(passes, input, 0), value)
+    # torch.jit.trace records operators; a Function would stay a call into Python.
+    value_of = _MaskedValue.forward if _in_jit_trace() else partial(apply, _MaskedValue)
+    value, passes = value_of(input.detach(), name, *arguments)
+    output = _replace(torch.where(passes, input, 0), value)
     return input.copy_(output) if inplace else output
 
 
@@ -433,10 +430,12 @@ class _DoReFaWeightValue(Function):
 
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     """DoReFa weights of 1 to 16 bits."""
-    if transforming():
+    recorded = needs_grad(weight)
+    if composing() or (recorded and _in_jit_trace()):
         smooth = weight if bits == 1 else _smooth_dorefa_weight(weight)
-        return apply(_Replace, smooth, apply(_DoReFaWeightValue, weight.detach(), bits))  # type: ignore[no-any-return]
-    if not needs_grad(weight):
+        value_of = _DoReFaWeightValue.forward if _in_jit_trace() else partial(apply, _DoReFaWeightValue)
+        return _replace(smooth, value_of(weight.detach(), bits))
+    if not recorded:
         output: Tensor = _DOREFA_WEIGHT.pick()(weight, bits)[0]
         return output
     if bits == 1:
@@ -508,7 +507,7 @@ class _TransformedDoReFaGradient(Function):
 
     @staticmethod
     def forward(input: Tensor, rng_state: Tensor, bits: int, stream: int, randomness: str) -> Tensor:
-        return input.view_as(input)
+        return input.clone(memory_format=torch.preserve_format)  # not a view: what follows may be in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -522,11 +521,17 @@ class _TransformedDoReFaGradient(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].view_as(tangents[0])  # type: ignore[no-any-return]
+        return tangents[0].clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], input: Tensor, rng_state: Tensor, bits: int, stream: int, randomness: str
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: Tensor,
+        rng_state: Tensor,
+        bits: int,
+        stream: int,
+        randomness: str,
     ) -> tuple[Tensor, int]:
         samples = _slices(info.batch_size, in_dims, (input, rng_state, bits, stream, info.randomness))
         return torch.stack([apply(_TransformedDoReFaGradient, *sample) for sample in samples]), 0
