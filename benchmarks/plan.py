@@ -69,6 +69,8 @@ _QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
     "fake_quantize": {12: (ATEN, COMPILED), 16: (ATEN,), 20: (ATEN, COMPILED, EAGER), 22: (ATEN,)},
     "observe_fake_quantize": {16: (AO,), 20: (AO, EAGER), 22: (AO,)},
     "relu6 + observe_fake_quantize": {20: (AO,)},
+    "fake_quantize_current": {16: (), 20: (EAGER,)},
+    "fake_quantize_current per channel": {16: (), 20: (EAGER,)},
     "fake_quantize per channel": {20: (ATEN,)},
     "observe_fake_quantize per channel": {20: (AO,)},
     "fake_quantize_ forward": {20: ()},

@@ -22,7 +22,7 @@ struct DoReFaActivation {
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
     quantize_pack<kChunkElements<S, kAligned>, kChunkElements<S, kAligned>, kAligned>(
-        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, job.numel,
+        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, job.numel, S{},
         [&](T x, bool& passes) {
           passes = x >= T(0) && x <= T(1);
           return dorefa_activation_element<kReciprocal>(x, levels, T(1), T(0));
