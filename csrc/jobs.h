@@ -27,13 +27,15 @@ struct AffineJob {
   void* output;
   uint8_t* mask;  // bit i % 8 of byte i / 8: the gradient passes
   ChannelView view;
-  const float* scale;         // [channels]
-  const int32_t* zero_point;  // [channels]
+  const float* scale;         // [channels]. Or null: scale_number, of one channel.
+  const int32_t* zero_point;  // [channels]. Or null: zero_point_number, of one channel.
   const float* range;         // [2, channels]: a channel is quantized only once its range has been observed. Or null.
   const int64_t* step;        // []: nothing is quantized while step < quant_start_step. Or null.
   int64_t quant_start_step;
   int32_t quant_min, quant_max;
   double low, high;  // the activation's bounds, infinite when there is none
+  float scale_number;
+  int32_t zero_point_number;
 };
 
 // Observation in front of fake quantization: extrema of the clamped input, moving average, scale and zero point.

@@ -92,7 +92,7 @@ def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.Mon
     rng_state = torch.tensor([1, 0])
     calls: list[tuple[Callable[[Tensor], Tensor], str | None, str | None]] = [
         (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), "fake_quantize", "straight_through"),
-        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), "fake_quantize", "straight_through"),
+        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), "fake_quantize_number", "straight_through"),
         (lambda x: functional.observe_fake_quantize(x, *state, 0, 15), "observe_fake_quantize", "straight_through"),
         (lambda x: functional.min_max(x)[0], "min_max", None),
         (lambda x: functional.dorefa_weight(x, 4), "dorefa_weight", "dorefa_weight_backward"),

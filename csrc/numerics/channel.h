@@ -18,7 +18,9 @@ QK_INLINE AffineGrid<T> channel_grid(const AffineJob& job, int64_t channel) {
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
   if (passes_through(job, channel)) return {make_pass_through(low, high), AffineMode::kPassThrough};
-  return make_affine(job.scale[channel], job.zero_point[channel], job.quant_min, job.quant_max, low, high);
+  const float scale = job.scale != nullptr ? job.scale[channel] : job.scale_number;
+  const int32_t zero_point = job.zero_point != nullptr ? job.zero_point[channel] : job.zero_point_number;
+  return make_affine(scale, zero_point, job.quant_min, job.quant_max, low, high);
 }
 
 // `min` and `max` are the extrema of the channel's elements; the activation is monotonic, so it is applied to them.

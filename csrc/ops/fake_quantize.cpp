@@ -74,9 +74,10 @@ Prepared fake_quantize_into(const char* op, const Tensor& input, double scale, i
   check_grid(op, q.quant_min, q.quant_max, q.low, q.high);
   check_numbers(op, scale, zero_point, q.quant_min, q.quant_max);
   Prepared p = prepare(input, in_place);
-  const typename Backend::Parameters parameters(scale, zero_point, input);
-  Backend::run(affine_job(p, dtype, parameters.scale_pointer(), parameters.zero_point_pointer(), q, std::nullopt),
-               input);
+  AffineJob job = affine_job(p, dtype, nullptr, nullptr, q, std::nullopt);
+  job.scale_number = static_cast<float>(scale);
+  job.zero_point_number = static_cast<int32_t>(zero_point);
+  Backend::run(job, input);
   return p;
 }
 

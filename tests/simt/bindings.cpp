@@ -54,6 +54,14 @@ void fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View 
   run_job(affine_job(dtype, input, output, mask, view, scale, zero_point, quant_min, quant_max, low, high));
 }
 
+void fake_quantize_number(int dtype, Pointer input, Pointer output, Pointer mask, int64_t numel, float scale,
+                          int zero_point, int quant_min, int quant_max, double low, double high) {
+  AffineJob job = affine_job(dtype, input, output, mask, {1, 1, numel}, 0, 0, quant_min, quant_max, low, high);
+  job.scale_number = scale;
+  job.zero_point_number = zero_point;
+  run_job(job);
+}
+
 void observe_fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer range,
                            Pointer scale, Pointer zero_point, Pointer step, int quant_min, int quant_max,
                            bool symmetric, double momentum, int64_t quant_start_step, bool observe, bool advance_step,
@@ -112,6 +120,7 @@ PYBIND11_MODULE(bindings, module) {
   using namespace qk::simt;
   bind_emulator(module);
   module.def("fake_quantize", &fake_quantize);
+  module.def("fake_quantize_number", &fake_quantize_number);
   module.def("observe_fake_quantize", &observe_fake_quantize);
   module.def("straight_through", &straight_through);
   module.def("min_max", &min_max);
