@@ -17,7 +17,8 @@ inline Order parse_order(const std::string& name) {
   throw std::invalid_argument("order: expected forward, reverse or random, but got " + name);
 }
 
-// Adds SimtError, configure(order, seed, concurrent_blocks, multiprocessors, blocks_per_multiprocessor).
+// Adds SimtError, configure(order, seed, concurrent_blocks, multiprocessors, blocks_per_multiprocessor) and
+// occupancy_queries().
 inline void bind_emulator(pybind11::module_& module) {
   using pybind11::arg;
   pybind11::register_exception<Error>(module, "SimtError", PyExc_RuntimeError);
@@ -29,6 +30,7 @@ inline void bind_emulator(pybind11::module_& module) {
       },
       arg("order") = "forward", arg("seed") = 0, arg("concurrent_blocks") = 1, arg("multiprocessors") = 2,
       arg("blocks_per_multiprocessor") = 2);
+  module.def("occupancy_queries", [] { return occupancy_queries; });
 }
 
 // For launchers: raises the CUDA error as Python would see it from the real library.

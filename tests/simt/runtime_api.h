@@ -39,6 +39,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStream_t stream = nullptr);
 
 namespace qk::simt {
+extern int occupancy_queries;  // since the program began
 cudaError_t max_active_blocks(int* blocks, int block_threads, size_t dynamic_shared_bytes);
 cudaError_t run_configured(const cudaLaunchConfig_t& config, void (*body)(void*), void* arguments);
 }  // namespace qk::simt
