@@ -107,6 +107,11 @@ def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tupl
     return (-highest if symmetric else -highest - 1), highest
 
 
+def _divide(tensor: Tensor, number: int) -> Tensor:
+    """The rounded quotient on every device: by a number, torch multiplies with its reciprocal on a GPU."""
+    return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
+
+
 def qparams(
     range_min: Tensor, range_max: Tensor, quant_min: int, quant_max: int, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -132,9 +137,9 @@ def qparams(
     high = range_max.clamp(min=0.0)
     if symmetric:
         middle = 0 if quant_min < 0 else (quant_max + 1) // 2
-        scale = torch.maximum(-low, high).div(quant_max - middle).clamp(min=_SMALLEST_SCALE)
+        scale = _divide(torch.maximum(-low, high), quant_max - middle).clamp(min=_SMALLEST_SCALE)
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = (high - low).div(quant_max - quant_min).clamp(min=_SMALLEST_SCALE)
+    scale = _divide(high - low, quant_max - quant_min).clamp(min=_SMALLEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
 

@@ -5,6 +5,7 @@
 namespace qk::simt {
 
 int occupancy_queries = 0;
+std::set<const void*> launched_kernels;
 
 namespace {
 
