@@ -107,8 +107,8 @@ def cuda_warning(torch: Torch, cuda: Cuda | None) -> str | None:
     if compiled == served:
         return None
     return (
-        f"nvcc is of CUDA {compiled} and this torch of CUDA {served}: the kernels will want a driver for CUDA {compiled}; "
-        f"with an nvcc of CUDA {served} they run wherever this torch does"
+        f"nvcc is of CUDA {compiled} and this torch of CUDA {served}: the kernels will want a driver for CUDA "
+        f"{compiled}; with an nvcc of CUDA {served} they run wherever this torch does"
     )
 
 

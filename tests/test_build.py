@@ -1,5 +1,6 @@
 """The build: setup.py's decisions, and what the library it made asks of the machine it is loaded on."""
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -60,6 +61,13 @@ def test_a_call_of_torch_that_fails_says_why() -> None:
     says_why = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
     with pytest.raises(RuntimeError, match="can't allocate memory" if says_why else "a call of torch failed"):
         functional.fake_quantize(torch.empty(1).expand(2**60), 0.1, 3, 0, 255)
+
+
+def test_the_stream_is_where_the_library_looks_for_it() -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch is built without CUDA")
+    torch_cuda = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    assert torch_cuda.aoti_torch_get_current_cuda_stream is not None
 
 
 def test_an_error_of_cuda_tells_of_a_driver_that_is_too_old(tmp_path: Path) -> None:
