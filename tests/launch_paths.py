@@ -65,6 +65,7 @@ class Case:
             a tie of a hyperbolic tangent.
         misaligned: the input begins an element past where a vector may begin.
         needs_grad: the gradient is computed, and compared too.
+        has_input: the first argument is a tensor of the shape; without, the arguments are all.
     """
 
     function: str
@@ -74,6 +75,7 @@ class Case:
     tolerance: float = 0.0
     misaligned: bool = False
     needs_grad: bool = True
+    has_input: bool = True
 
 
 SMALL = (
@@ -132,8 +134,10 @@ def _run(module: Any, case: Case, x: Tensor, gradient: Tensor, axis: int | None,
     leaf = x.to(device, copy=True)
     leaf = (_misalign(leaf) if case.misaligned else leaf).requires_grad_(case.needs_grad)
     arguments = _moved(case.arguments(1 if axis is None else x.shape[axis]), device)
-    options = case.options if axis is None else {**case.options, "axis": axis}
-    results = getattr(module, case.function)(leaf, *arguments, **options)
+    options = dict(zip(case.options, _moved(case.options.values(), device), strict=True))
+    if axis is not None:
+        options["axis"] = axis
+    results = getattr(module, case.function)(*([leaf] if case.has_input else []), *arguments, **options)
     results = results if isinstance(results, tuple) else (results,)
     if case.needs_grad:
         incoming = gradient.to(device)

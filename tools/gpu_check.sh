@@ -113,7 +113,7 @@ say "$(tail -1 "$OUT/build.log")"
 # minversion and warnings are the project's own taste, which must not stop a run with another pytest or torch.
 PYTEST=("$PY" -m pytest -q -p no:cacheprovider -o minversion=7.0 -W default --device "$DEVICE" --tb=short)
 WORKERS=()
-"$PY" -c 'import xdist' 2> /dev/null && WORKERS=(-p xdist.plugin -n 6)
+"$PY" -c 'import xdist' 2> /dev/null && WORKERS=(-p xdist.plugin -n "$([ "$DEVICE" = cuda ] && echo 6 || echo 2)")
 PATHS=("$PY" tests/launch_paths.py --device "$DEVICE")
 
 if [ "$DEVICE" = cuda ]; then
@@ -122,7 +122,7 @@ if [ "$DEVICE" = cuda ]; then
   run_step "tests" 200 required tests.log "${PYTEST[@]}" "${WORKERS[@]}" tests/test_cuda.py
 else
   say "capture of a graph in a fresh process: needs a GPU"
-  run_step "tests" 200 required tests.log "${PYTEST[@]}" tests/test_functional.py -k layouts
+  run_step "tests" 200 required tests.log "${PYTEST[@]}" "${WORKERS[@]}" tests/test_functional.py -k layouts
 fi
 [ -f "$OUT/tests.log" ] && grep -E '^(FAILED|ERROR)' "$OUT/tests.log" | head -12 | cut -c1-150 | tee -a "$OUT/summary.txt"
 
