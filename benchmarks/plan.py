@@ -91,13 +91,13 @@ def _quick_kernels() -> Iterator[Build]:
         yield from (_build("fake_quantize forward", setting) for setting in settings)
 
 
-def _full_kernels(device: str) -> Iterator[Build]:
-    threads = thread_counts() if device == "cpu" else (0,)
-    for name, dtype, exponent, layout, count in itertools.product(GRID, _DTYPES, _EXPONENTS, _LAYOUTS, threads):
+def _full_kernels() -> Iterator[Build]:
+    counts = thread_counts()
+    for name, dtype, exponent, layout, count in itertools.product(GRID, _DTYPES, _EXPONENTS, _LAYOUTS, counts):
         # Compiling costs seconds a workload.
         compiles = dtype == "float32" and layout == "contiguous"
         peers = None if compiles else frozenset({ATEN, AO, EAGER, "torch.aminmax"})
-        yield _build(name, Setting(dtype, 2**exponent, layout, count, device, peers))
+        yield _build(name, Setting(dtype, 2**exponent, layout, count, peers=peers))
 
 
 def _only_accept_lines() -> Iterator[Build]:
@@ -119,9 +119,7 @@ def kernel_cases(mode: Mode) -> Iterator[Build]:
     if mode is QUICK:
         yield from _quick_kernels()
     else:
-        yield from _full_kernels("cpu")
-    if torch.cuda.is_available():
-        yield from _full_kernels("cuda")
+        yield from _full_kernels()
 
 
 def training_cases(mode: Mode) -> Iterator[Build]:

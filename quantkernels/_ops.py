@@ -34,7 +34,7 @@ def _load() -> None:
         cause = str(error.__cause__ or error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
         raise ImportError(
             f"quantkernels: the compiled library cannot be loaded with torch {torch.__version__}: {cause}. "
-            "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
+            "It needs torch 2.10 or later. Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
         ) from error
 
 

@@ -71,6 +71,11 @@ def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tupl
     return (-highest if symmetric else -highest - 1), highest
 
 
+def _divide(tensor: Tensor, number: int) -> Tensor:
+    """The rounded quotient on every device: by a number, torch multiplies with its reciprocal on a GPU."""
+    return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
+
+
 def qparams(
     range_min: Tensor, range_max: Tensor, quant_min: int, quant_max: int, symmetric: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -96,12 +101,12 @@ def qparams(
     high = range_max.clamp(min=0.0)
     if symmetric:
         middle = 0 if quant_min < 0 else (quant_max + 1) // 2
-        scale = torch.maximum(-low, high).div(quant_max - middle).clamp(min=_SMALLEST_SCALE)
+        scale = _divide(torch.maximum(-low, high), quant_max - middle).clamp(min=_SMALLEST_SCALE)
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
     levels = quant_max - quant_min
     spread = high - low
     # A spread beyond the largest float is divided before it is doubled.
-    scale = torch.where(spread.isfinite(), spread / levels, 2 * ((high / 2 - low / 2) / levels))
+    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high / 2 - low / 2, levels))
     scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkernels.functional import Bounds, qparams, quant_range
+from quantkernels.functional import Bounds, _divide, qparams, quant_range
 
 __all__ = [
     "begin_step",
@@ -216,7 +216,7 @@ def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Seque
 
 def _round_to_levels(r: Tensor, levels: int) -> Tensor:
     """quantize_k of the paper, straight-through."""
-    rounded = torch.round(r.detach() * levels) / levels
+    rounded = _divide(torch.round(r.detach() * levels), levels)
     return _apply(_StraightThrough, r, rounded, torch.ones_like(r, dtype=torch.bool))
 
 
@@ -259,7 +259,7 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
         return input
     x = _widen(input.detach())
     levels = 2**bits - 1
-    y = torch.round(x.clamp(0, 1) * levels) / levels
+    y = _divide(torch.round(x.clamp(0, 1) * levels), levels)
     return _straight_through(input, y, (x >= 0) & (x <= 1), inplace)
 
 
@@ -327,11 +327,12 @@ class _QuantizeGradient(torch.autograd.Function):
         seed, step = ctx.rng_state.tolist()
         g = _widen(grad_outputs[0])
         levels = 2**ctx.bits - 1
-        noise = stochastic_noise(g.numel(), seed, step, g.device, ctx.stream).reshape(g.shape).to(g.dtype) / levels
+        noise = stochastic_noise(g.numel(), seed, step, g.device, ctx.stream).reshape(g.shape).to(g.dtype)
+        noise = _divide(noise, levels)
         axes = list(range(1, g.dim()))
         largest = g.abs().amax(axes, keepdim=True) if axes and g.numel() > 0 else g.abs()
         r = (g / (2 * largest) + 0.5 + noise).clamp(0, 1)
-        quantized = 2 * largest * (torch.round(r * levels) / levels - 0.5)
+        quantized = 2 * largest * (_divide(torch.round(r * levels), levels) - 0.5)
         ctx.rng_state[1] += 1
         return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None, None
 

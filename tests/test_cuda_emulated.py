@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -105,7 +106,7 @@ def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.Mon
     masked = ["fake_quantize", "straight_through"]
     calls: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
         (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), masked),
-        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), masked),
+        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), ["fake_quantize_number", "straight_through"]),
         (lambda x: functional.fake_quantize_in_range(x, active, 0, 15), masked),
         (lambda x: functional.observe_fake_quantize(x, active, pending, 0, 15), masked),
         (lambda x: functional.fake_quantize_current(x, 0, 15), ["current_range", *masked]),
@@ -174,6 +175,17 @@ def test_results_do_not_depend_on_the_grid(kernels: ModuleType) -> None:
         results.append(outputs)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_cuda_is_asked_once_per_kernel_and_device(kernels: ModuleType) -> None:
+    x = cases.sample(5000, torch.float32)
+    asked = []
+    for multiprocessors in (17, 17, 19, 17):  # no other test has these devices
+        kernels.configure(multiprocessors=multiprocessors)
+        functional.fake_quantize(x, 0.1, 3, 0, 255)
+        functional.fake_quantize(x.double(), 0.1, 3, 0, 255)
+        asked.append(kernels.occupancy_queries())
+    assert [after - before for before, after in itertools.pairwise(asked)] == [0, 2, 0]
 
 
 def test_more_channels_than_a_block_has_threads() -> None:

@@ -21,7 +21,7 @@ struct ReductionPlan {
   bool is_vectorised;  // by row: a unit is a 16-byte vector, else one element
 };
 
-constexpr int64_t kMaxItems = 1024;  // more than the largest devices hold blocks
+constexpr int64_t kMaxItems = 1024;  // about what the largest devices hold: an H100 1056 blocks, a B200 1184
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kLongestColumnRun = 64;
 

@@ -32,6 +32,23 @@ void run_job(const Job& job) {
   check(cuda::run(job, workspace.data(), nullptr));
 }
 
+void fake_quantize_number(int dtype, Pointer input, Pointer output, Pointer mask, int64_t numel, float scale,
+                          int zero_point, int quant_min, int quant_max, double low, double high) {
+  AffineJob job{};
+  job.dtype = static_cast<DType>(dtype);
+  job.input = as<void>(input);
+  job.output = as<void>(output);
+  job.mask = as<uint8_t>(mask);
+  job.view = {1, 1, numel};
+  job.scale_number = scale;
+  job.zero_point_number = zero_point;
+  job.quant_min = quant_min;
+  job.quant_max = quant_max;
+  job.low = low;
+  job.high = high;
+  run_job(job);
+}
+
 // Of `scale`, `range` and `pending` those may be 0 that the job does without.
 void fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer scale, Pointer zero_point,
                    Pointer range, Pointer pending, int quant_min, int quant_max, bool symmetric, double low,
@@ -120,6 +137,7 @@ PYBIND11_MODULE(bindings, module) {
   module.def("current_range", &current_range);
   module.def("begin_step", &begin_step);
   module.def("end_step", &end_step);
+  module.def("fake_quantize_number", &fake_quantize_number);
   module.def("straight_through", &straight_through);
   module.def("min_max", &min_max);
   module.def("dorefa_weight", &dorefa_weight);

@@ -114,8 +114,24 @@ class EmulatedOperators:
         self, input: Tensor, scale: float, zero_point: int, *grid: Any, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
         quant_min, quant_max, low, high = grid
-        number = torch.full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32)
-        return self.fake_quantize(input, *number, quant_min, quant_max, None, low, high, in_place=in_place)
+        source = _dense(input)
+        output, mask = source if in_place else _poisoned(source), _mask(source)
+        self.module.fake_quantize_number(
+            _DTYPES.index(source.dtype),
+            source.data_ptr(),
+            output.data_ptr(),
+            mask.data_ptr(),
+            source.numel(),
+            scale,
+            zero_point,
+            quant_min,
+            quant_max,
+            -math.inf if low is None else low,
+            math.inf if high is None else high,
+        )
+        if in_place:
+            _write_back(input, output)
+        return output, mask
 
     def fake_quantize_number_(self, input: Tensor, *arguments: Any) -> Tensor:
         return self.fake_quantize_number(input, *arguments, in_place=True)[1]
