@@ -45,11 +45,35 @@ def given_grids(channels: int) -> tuple[Any, ...]:
     return torch.linspace(0.01, 1.01, channels), torch.arange(channels, dtype=torch.int32) % 256, 0, 255
 
 
+def ranges(channels: int) -> Tensor:
+    return torch.stack((torch.linspace(-2.0, -1.0, channels), torch.linspace(0.5, 1.5, channels))).squeeze(1)
+
+
+def observed_range(channels: int) -> tuple[Any, ...]:
+    return ranges(channels), 0, 255
+
+
 def observer(channels: int) -> tuple[Any, ...]:
-    rest = () if channels == 1 else (channels,)
-    extremes = torch.stack((torch.full(rest, math.inf), torch.full(rest, -math.inf)))
-    step = torch.zeros((), dtype=torch.int64)
-    return extremes, torch.ones(channels), torch.zeros(channels, dtype=torch.int32), step, 0, 255
+    pending = torch.tensor([math.inf, -math.inf])
+    pending = pending if channels == 1 else pending[:, None].repeat(1, channels)
+    return ranges(channels), pending, 0, 255
+
+
+def current(channels: int) -> tuple[Any, ...]:
+    return -127, 127
+
+
+def beginning(_: int) -> tuple[Any, ...]:
+    states = [ranges(channels) for channels in (1, 7, 300, *[1] * 70)]
+    zeros = [torch.zeros_like(state) for state in states]
+    return states, [z.clone() for z in zeros], zeros, torch.tensor(3), [0, 5, 3, *[4] * 70]
+
+
+def ending(_: int) -> tuple[Any, ...]:
+    states, _, _, step, _ = beginning(1)
+    pending = [2 * state for state in states]
+    pending[1][0, 0] = math.nan
+    return states, pending, [0.01] * len(states), step
 
 
 def rng_state(channels: int) -> tuple[Any, ...]:
@@ -86,6 +110,11 @@ SMALL = (
     Case("observe_fake_quantize", (*FLAT, *CHANNELS), observer),
     Case("observe_fake_quantize", (*FLAT, *CHANNELS), observer, misaligned=True),
     Case("observe_fake_quantize", (((0,), None),), observer),
+    Case("fake_quantize_in_range", (*FLAT, *CHANNELS), observed_range, {"bounds": (0.0, math.inf)}),
+    Case("fake_quantize_current", (*FLAT, *CHANNELS), current, {"symmetric": True}),
+    Case("fake_quantize_current", (*FLAT, *CHANNELS), current, {"symmetric": True}, misaligned=True),
+    Case("begin_step", (((1,), None),), beginning, needs_grad=False, has_input=False),
+    Case("end_step", (((1,), None),), ending, needs_grad=False, has_input=False),
     Case("min_max", (*FLAT, *CHANNELS), needs_grad=False),
     Case("min_max", FLAT, needs_grad=False, misaligned=True),
     Case("dorefa_activation", FLAT, lambda _: (4,)),
@@ -103,6 +132,7 @@ SMALL = (
 LARGE = (
     Case("fake_quantize", (*BIG, *BIG_CHANNELS), given_grids),
     Case("observe_fake_quantize", (*BIG, *BIG_CHANNELS, ((1_200_003,), None), ((2_200_003,), None)), observer),
+    Case("fake_quantize_current", (*BIG, *BIG_CHANNELS), current, {"symmetric": True}),
     Case("min_max", (*BIG, *BIG_CHANNELS), needs_grad=False),
     Case("dorefa_weight", BIG, lambda _: (1,), tolerance=1e-12),
     Case("dorefa_weight", BIG, lambda _: (4,), tolerance=1e-2),
@@ -138,7 +168,7 @@ def _run(module: Any, case: Case, x: Tensor, gradient: Tensor, axis: int | None,
     if axis is not None:
         options["axis"] = axis
     results = getattr(module, case.function)(*([leaf] if case.has_input else []), *arguments, **options)
-    results = results if isinstance(results, tuple) else (results,)
+    results = results if isinstance(results, tuple) else () if results is None else (results,)
     if case.needs_grad:
         incoming = gradient.to(device)
         results[0].backward(_misalign(incoming) if case.misaligned else incoming)
