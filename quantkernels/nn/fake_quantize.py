@@ -154,7 +154,7 @@ class FakeQuantize(nn.Module):
         return output
 
     def _observed(self, input: Tensor) -> Tensor:
-        if self.frozen:
+        if self.frozen and not self.calibrating:
             return self._quantized(input, self.active)
         if not torch.compiler.is_compiling():
             self.__dict__["has_range"] = True
@@ -196,6 +196,15 @@ class FakeQuantize(nn.Module):
                 moved = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 setattr(self, name, moved)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the group, which holds the model: a copied part of a model does not bring all of it along."""
+        return {name: value for name, value in vars(self).items() if name != "observers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Is used alone, unless the group is restored as well."""
+        super().__setstate__(state)
+        vars(self).setdefault("observers", Observers([self]))
 
     def grid(self) -> dict[str, Any]:
         """What a state_dict tells of the grid."""

@@ -141,6 +141,12 @@ class Observers:
         """Leaves out the process group, which belongs to the process."""
         return {**vars(self), "process_group": None, "_signs": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the members, which leave their group out of their own state."""
+        vars(self).update(state)
+        for member in self.members:
+            vars(member)["observers"] = self
+
 
 def _is_recomputing() -> bool:
     """Whether this forward runs inside a backward, that is, activation checkpointing computes it again."""

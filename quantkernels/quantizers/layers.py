@@ -31,11 +31,13 @@ class InputQuantizers(nn.ModuleList):
 
     Attributes:
         arguments: the names of these arguments.
+        has_run: whether the layer has been called, with tensors to quantize or without.
     """
 
     def __init__(self, arguments: tuple[str, ...], build: Callable[[], nn.Module]) -> None:
         super().__init__(build() for _ in arguments)
         self.arguments = arguments
+        self.has_run = False
 
 
 class AttentionWeightQuantizers(nn.ModuleDict):
@@ -188,6 +190,8 @@ _DIRECT: dict[Callable[..., Any], Callable[..., Any]] = {
 def _quantized_arguments(
     quantizers: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not torch.compiler.is_compiling():
+        vars(quantizers)["has_run"] = True
     positional = [_quantized(quantizer, value) for quantizer, value in zip(quantizers, args, strict=False)]
     named = {
         name: _quantized(quantizer, kwargs[name])

@@ -101,7 +101,7 @@ def _check_grids(quantizer: Quantizer, state_dict: dict[str, Any], prefix: str) 
     ours = quantizer._grids()
     if theirs != ours:
         raise RuntimeError(_difference(ours, theirs))
-    quantizer._set_has_range()
+    quantizer._note_loaded(state_dict, prefix)
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
