@@ -190,11 +190,13 @@ class FakeQuantize(nn.Module):
         if after is not None and after.dtype != torch.float32:
             after = self._buffers["range"] = before.to(after.device)
         device = after.device if after is not None else fn(self._everything).device
-        for name in ("active", "pending", "_everything"):
+        for name in ("active", "pending"):
             tensor: Tensor = getattr(self, name)
             if tensor.device != device:
                 moved = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 setattr(self, name, moved)
+        if self._everything.device != device:  # made anew, since a tensor on the meta device has lost its value
+            self._everything = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

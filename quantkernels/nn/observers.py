@@ -94,12 +94,22 @@ class Observers:
             step = torch.zeros((), dtype=torch.int64, device=group.device)
             functional.begin_step(group.ranges, group.active, group.pending, step, [1] * len(group.members))
 
-    def average_in(self, weight: float) -> None:
-        """Ends such a step: what was seen enters the ranges with `weight`."""
+    def add_to(self, sums: dict[FakeQuantize, tuple[Tensor, Tensor]]) -> None:
+        """Ends such a step: adds what each member has seen, unless it is not finite, to its sum and its count."""
         for group in self._by_device([member for member in self.members if not member.dynamic]):
             if self.synchronize:
                 self._combine_over_processes(group.pending)
-            functional.end_step(group.ranges, group.pending, [weight] * len(group.members))
+            for member, pending in zip(group.members, group.pending, strict=True):
+                finite = pending.isfinite().all(0)
+                seen = torch.where(finite, pending, 0).double()
+                total, count = sums.get(member, (0, 0))
+                sums[member] = total + seen, count + finite.long()
+
+    def set_means(self, sums: dict[FakeQuantize, tuple[Tensor, Tensor]]) -> None:
+        """Takes the means for the ranges of those that have seen something."""
+        for member, (total, count) in sums.items():
+            observed_range = member.observed_range
+            observed_range.copy_(torch.where(count > 0, total / count, observed_range))
 
     def _by_device(self, members: Iterable[FakeQuantize]) -> list[_OnDevice]:
         groups: dict[torch.device, _OnDevice] = {}

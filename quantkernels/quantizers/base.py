@@ -251,6 +251,9 @@ class Quantizer(abc.ABC):
     ) -> None:
         """Sets the observed ranges from data, without training: each becomes the mean of the batches' extrema.
 
+        Batches that do not reach a layer, or in which it sees what is not finite, do not count for it. Frozen ranges
+        are set as well. If a batch raises, no range is changed.
+
         The model runs in evaluation mode without gradients. Weights are quantized, the tensors that are observed are not.
 
         Args:
@@ -266,22 +269,25 @@ class Quantizer(abc.ABC):
         forward = forward or _call
         observing = [member for member in self.observers.members if not member.dynamic]
         count = 0
+        sums: dict[FakeQuantize, tuple[Tensor, Tensor]] = {}
         with self._evaluation(), torch.no_grad():
             try:
                 for member in observing:
                     member.calibrating = True
-                for count, batch in enumerate(_with_progress(batches, progress), 1):
+                for batch in _with_progress(batches, progress):
+                    count += 1
                     self.observers.begin_unquantized()
                     self.observers.in_step = True
                     forward(self.model, batch)
-                    self.observers.average_in(1 / count)
+                    self.observers.add_to(sums)
+                self.observers.set_means(sums)
             finally:
                 self.observers.in_step = False
+                self._begins_with_forward = self.observers.by_optimizer
                 for member in observing:
                     member.calibrating = False
         if count == 0:
             raise ValueError(f"{type(self).__name__}.calibrate: expected `batches` to hold at least one, but got none")
-        self._begins_with_forward = self.observers.by_optimizer
 
     def freeze_ranges(self) -> None:
         """Keeps all ranges as they are while training goes on; quantization goes on with them."""
@@ -565,7 +571,7 @@ def idle_reasons(layer: QuantizedLayer) -> list[str]:
 
 def _has_seen(observed_range: Tensor) -> bool:
     """Whether a range has seen something; assumed where the value cannot be read."""
-    can_be_read = type(observed_range) in (Tensor, nn.Parameter) and not observed_range.is_meta
+    can_be_read = type(observed_range) is Tensor and not (observed_range.is_meta or torch.jit.is_tracing())
     return bool(observed_range.any()) if can_be_read else True
 
 
@@ -614,6 +620,8 @@ def _check_weight(where: str, module: nn.Module) -> None:
             "leave it out of the entry, or quantize its input and output"
         )
     if isinstance(module, nn.MultiheadAttention):
+        if not layers_.attention_weights(module) or parametrize.is_parametrized(module):
+            raise ValueError(f"{where} has parametrized weights; these are not quantized in an attention")
         return
     weight = module._parameters.get("weight")
     is_derived = parametrize.is_parametrized(module, "weight") or isinstance(vars(module).get("weight"), Tensor)
@@ -650,7 +658,7 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 def _innermost(name: str, optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside Accelerate's or Lightning's wrappers."""
     inner = optimizer
-    while isinstance(wrapped := getattr(inner, "optimizer", None), torch.optim.Optimizer) and wrapped is not inner:
+    while (wrapped := getattr(inner, "optimizer", None)) is not None:
         inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"{name}: expected `optimizer` to be a torch.optim.Optimizer, but got {optimizer!r}")

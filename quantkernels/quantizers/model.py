@@ -118,7 +118,9 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 def _grid_text(grids: dict[str, Any] | None) -> str:
     if grids is None:
         return "no quantization"
-    return ", ".join(f"{kind} {' '.join(f'{key}={value}' for key, value in grid.items())}" for kind, grid in grids.items())
+    return ", ".join(
+        f"{kind} {' '.join(f'{key}={value}' for key, value in grid.items())}" for kind, grid in grids.items()
+    )
 
 
 def _encode(description: dict[str, Any]) -> Tensor:
