@@ -17,7 +17,6 @@ import pytest
 import torch
 from configurations import CLAMPS, Make, entry, every_quantizer, levels, naive, naively, qat
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, QATQuantizer, Quantizer, functional
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight, FakeQuantize
