@@ -176,8 +176,6 @@ def test_the_axis_of_an_unknown_layout_is_asked_for() -> None:
     quantizer = QAT_Quantizer(model, [per_channel()])
     message = r"config_list\[0\]: .weight. of layer .0. \(Conv1D\) per channel: expected .quant_axis., the axis"
     with pytest.raises(ValueError, match=message):
-        ValueError, match=r"config_list\[0\]: 'weight' of layer '0' \(Conv1D\) per channel: .*'quant_axis'"
-    ):
         quantizer.compress()
     assert type(model[0]) is Conv1D
     assert list(model.state_dict()) == ["0.weight"]

@@ -205,7 +205,7 @@ class FakeQuantize(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Is used alone, unless the group is restored as well."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         vars(self).setdefault("observers", Observers([self]))
 
     def grid(self) -> dict[str, Any]:

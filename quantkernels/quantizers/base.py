@@ -141,9 +141,9 @@ class Quantizer(abc.ABC):
         Raises:
             ValueError: the model is not compressed.
         """
-        quantizer, inner = model_.quantizer_of(model), model
-        while quantizer is None and isinstance(inner := _wrapped(inner), nn.Module):
-            quantizer = model_.quantizer_of(inner)
+        quantizer, inner = model_.quantizer_of(model), _wrapped(model)
+        while quantizer is None and inner is not None:
+            quantizer, inner = model_.quantizer_of(inner), _wrapped(inner)
         if quantizer is None:
             raise ValueError(f"Quantizer.of: expected `model` to be a compressed model, but got {type(model).__name__}")
         return quantizer
@@ -571,7 +571,7 @@ def idle_reasons(layer: QuantizedLayer) -> list[str]:
 
 def _has_seen(observed_range: Tensor) -> bool:
     """Whether a range has seen something; assumed where the value cannot be read."""
-    can_be_read = type(observed_range) is Tensor and not (observed_range.is_meta or torch.jit.is_tracing())
+    can_be_read = type(observed_range) is Tensor and not (observed_range.is_meta or torch._C._is_tracing())
     return bool(observed_range.any()) if can_be_read else True
 
 

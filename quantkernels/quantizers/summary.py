@@ -223,7 +223,9 @@ def _figures(module: FakeQuantize, input: Tensor, output: Tensor) -> tuple[float
     observed = module.observed_range
     if not module.enabled or not bool(observed.any()):
         return None, None
-    scale, zero_point = functional.qparams(*observed, module.quant_min, module.quant_max, module.symmetric)
+    scale, zero_point = functional.qparams(
+        observed[0], observed[1], module.quant_min, module.quant_max, module.symmetric
+    )
     if module.axis is not None:
         shape = [-1 if axis == module.axis % input.dim() else 1 for axis in range(input.dim())]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
