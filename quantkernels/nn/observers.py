@@ -94,13 +94,22 @@ class Observers:
             step = torch.zeros((), dtype=torch.int64, device=group.device)
             functional.begin_step(group.ranges, group.active, group.pending, step, [1] * len(group.members))
 
-    def average_in(self, weight: float) -> None:
-        """Ends such a step: what was seen enters the ranges with `weight`."""
+    def add_to(self, sums: dict[FakeQuantize, tuple[Tensor, Tensor]]) -> None:
+        """Ends such a step: adds what each member has seen, unless it is not finite, to its sum and its count."""
         for group in self._by_device([member for member in self.members if not member.dynamic]):
             if self.synchronize and group.pending:
                 self._combine_over_processes(group.pending)
-            step = group.members[0].scratch_step
-            functional.end_step(group.ranges, group.pending, [weight] * len(group.members), step)
+            for member, pending in zip(group.members, group.pending, strict=True):
+                finite = pending.isfinite().all(0)
+                seen = torch.where(finite, pending, 0).double()
+                total, count = sums.get(member, (0, 0))
+                sums[member] = total + seen, count + finite.long()
+
+    def set_means(self, sums: dict[FakeQuantize, tuple[Tensor, Tensor]]) -> None:
+        """Takes the means for the ranges of those that have seen something."""
+        for member, (total, count) in sums.items():
+            observed_range = member.observed_range
+            observed_range.copy_(torch.where(count > 0, total / count, observed_range))
 
     def _by_device(self, members: Iterable[FakeQuantize], counts: bool = False) -> list[_OnDevice]:
         """The members' tensors by device; with `counts` a group on the counter's device even if it is empty."""
@@ -146,6 +155,12 @@ class Observers:
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the process group, which belongs to the process."""
         return {**vars(self), "process_group": None, "_signs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the members, which leave their group out of their own state."""
+        vars(self).update(state)
+        for member in self.members:
+            vars(member)["observers"] = self
 
 
 def _is_recomputing() -> bool:

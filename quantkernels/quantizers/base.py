@@ -142,11 +142,9 @@ class Quantizer(abc.ABC):
         Raises:
             ValueError: the model is not compressed.
         """
-        while (inner := vars(model).get("_orig_mod") or model._modules.get("module")) is not None:
-            if model_.quantizer_of(model) is not None:
-                break
-            model = inner
-        quantizer = model_.quantizer_of(model)
+        quantizer, inner = model_.quantizer_of(model), _wrapped(model)
+        while quantizer is None and inner is not None:
+            quantizer, inner = model_.quantizer_of(inner), _wrapped(inner)
         if quantizer is None:
             raise ValueError(f"Quantizer.of: expected `model` to be a compressed model, but got {type(model).__name__}")
         return quantizer
@@ -261,6 +259,9 @@ class Quantizer(abc.ABC):
     ) -> None:
         """Sets the observed ranges from data, without training: each becomes the mean of the batches' extrema.
 
+        Batches that do not reach a layer, or in which it sees what is not finite, do not count for it. Frozen ranges
+        are set as well. If a batch raises, no range is changed.
+
         The model runs in evaluation mode without gradients. Weights are quantized, the tensors that are observed are not.
 
         Args:
@@ -276,22 +277,25 @@ class Quantizer(abc.ABC):
         forward = forward or _call
         observing = [member for member in self.observers.members if not member.dynamic]
         count = 0
+        sums: dict[FakeQuantize, tuple[Tensor, Tensor]] = {}
         with self._evaluation(), torch.no_grad():
             try:
                 for member in observing:
                     member.calibrating = True
-                for count, batch in enumerate(_with_progress(batches, progress), 1):
+                for batch in _with_progress(batches, progress):
+                    count += 1
                     self.observers.begin_unquantized()
                     self.observers.in_step = True
                     forward(self.model, batch)
-                    self.observers.average_in(1 / count)
+                    self.observers.add_to(sums)
+                self.observers.set_means(sums)
             finally:
                 self.observers.in_step = False
+                self._begins_with_forward = self.observers.by_optimizer
                 for member in observing:
                     member.calibrating = False
         if count == 0:
             raise ValueError(f"{type(self).__name__}.calibrate: expected `batches` to hold at least one, but got none")
-        self._begins_with_forward = self.observers.by_optimizer
 
     def freeze_ranges(self) -> None:
         """Keeps all ranges as they are while training goes on; quantization goes on with them."""
@@ -480,15 +484,25 @@ class Quantizer(abc.ABC):
     def _report_evaluation_without_ranges(self, model: nn.Module) -> None:
         if self._has_reported_evaluation or model.training or self.observers.in_step:
             return
-        unseen = [m for m in self.observers.members if not (m.dynamic or m.has_range)]
-        if unseen and all(module.enabled for module in unseen):
-            self._has_reported_evaluation = True
+        unseen = self._without_range()
+        if not all(member.enabled for member in unseen):
+            return
+        self._has_reported_evaluation = True
+        if unseen:
             warnings.warn(
                 f"{type(self).__name__}: the model is evaluated while {len(unseen)} of its inputs and outputs have no "
                 "range yet; these pass unquantized. Train first, or calibrate()",
                 UserWarning,
                 stacklevel=4,
             )
+
+    def _without_range(self) -> list[FakeQuantize]:
+        """The members that pass what they meet unquantized. This reads their ranges, unless it is known already."""
+        unknown = [member for member in self.observers.members if not (member.dynamic or member.has_range)]
+        for member in unknown:  # another's doing, such as an averaged model's or a compiled step's, may have set it
+            member.has_range = _has_seen(member.observed_range)
+        # What no training forward has called needs no range: arguments that are no tensors, unused layers.
+        return [m for m in unknown if not m.has_range and (m.has_run or not self._training_forwards)]
 
     def _grids(self) -> dict[str, Any]:
         """What the state_dict tells of the grids: JSON's types only."""
@@ -510,9 +524,13 @@ class Quantizer(abc.ABC):
                         state[f"{name}.{key}"] = tensor
         return state  # type: ignore[return-value]
 
-    def _set_has_range(self) -> None:
-        for member in self.observers.members:
-            member.has_range = True
+    def _note_loaded(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Takes note of a state that is being loaded."""
+        for name, module in self.model.named_modules():
+            observed_range = state_dict.get(f"{prefix}{name}.range")
+            if isinstance(module, FakeQuantize) and observed_range is not None:
+                module.has_range = _has_seen(observed_range)
+        self._has_reported_evaluation = False
         self._begins_with_forward = self.observers.by_optimizer
 
     def _try(self, dummy_input: Batch) -> None:
@@ -551,9 +569,18 @@ def idle_reasons(layer: QuantizedLayer) -> list[str]:
         modules = [module for module in quantizer.modules() if hasattr(module, "has_run")]
         if modules and not any(module.has_run for module in modules):
             reasons.append(f"{quant_type}: the layer was never called; its weight may be read by other code")
-        elif any(isinstance(m, FakeQuantize) and not (m.dynamic or m.has_range) for m in modules if m.has_run):
-            reasons.append(f"{quant_type}: no range was observed, since it ran in evaluation mode only; calibrate()")
+            continue
+        unseen = [m for m in modules if isinstance(m, FakeQuantize) and m.has_run and not (m.dynamic or m.has_range)]
+        if any(module.enabled for module in unseen):
+            why = "its ranges are frozen" if unseen[0].frozen else "it ran in evaluation mode only"
+            reasons.append(f"{quant_type}: no range was observed, since {why}; calibrate()")
     return reasons
+
+
+def _has_seen(observed_range: Tensor) -> bool:
+    """Whether a range has seen something; assumed where the value cannot be read."""
+    can_be_read = type(observed_range) is Tensor and not (observed_range.is_meta or torch._C._is_tracing())
+    return bool(observed_range.any()) if can_be_read else True
 
 
 def skipped_subclass(module: NamedModule) -> str | None:
@@ -620,6 +647,8 @@ def _check_weight(where: str, module: nn.Module) -> None:
             "leave it out of the entry, or quantize its input and output"
         )
     if isinstance(module, nn.MultiheadAttention):
+        if not layers_.attention_weights(module) or parametrize.is_parametrized(module):
+            raise ValueError(f"{where} has parametrized weights; these are not quantized in an attention")
         return
     weight = module._parameters.get("weight")
     is_derived = parametrize.is_parametrized(module, "weight") or isinstance(vars(module).get("weight"), Tensor)
@@ -648,10 +677,15 @@ def _check_is_not_wrapped(name: str, model: nn.Module) -> None:
                 )
 
 
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper: torch.compile's, or one that calls it `module`, as DDP and AveragedModel do."""
+    return model._modules.get("_orig_mod") or model._modules.get("module")
+
+
 def _innermost(name: str, optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside Accelerate's or Lightning's wrappers."""
     inner = optimizer
-    while isinstance(wrapped := getattr(inner, "optimizer", None), torch.optim.Optimizer) and wrapped is not inner:
+    while (wrapped := getattr(inner, "optimizer", None)) is not None:
         inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"{name}: expected `optimizer` to be a torch.optim.Optimizer, but got {optimizer!r}")

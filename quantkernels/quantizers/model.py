@@ -101,7 +101,7 @@ def _check_grids(quantizer: Quantizer, state_dict: dict[str, Any], prefix: str) 
     ours = quantizer._grids()
     if theirs != ours:
         raise RuntimeError(_difference(ours, theirs))
-    quantizer._set_has_range()
+    quantizer._note_loaded(state_dict, prefix)
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -118,7 +118,9 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 def _grid_text(grids: dict[str, Any] | None) -> str:
     if grids is None:
         return "no quantization"
-    return ", ".join(f"{kind} {' '.join(f'{key}={value}' for key, value in grid.items())}" for kind, grid in grids.items())
+    return ", ".join(
+        f"{kind} {' '.join(f'{key}={value}' for key, value in grid.items())}" for kind, grid in grids.items()
+    )
 
 
 def _encode(description: dict[str, Any]) -> Tensor:
