@@ -299,9 +299,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return [c0, c1, c2, c3]
 
 
-def stochastic_noise(
-    numel: int, seed: int, step: int, device: torch.device | str = "cpu", stream: int = 0
-) -> Tensor:
+def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """The uniform noise in [-1/2, 1/2) of the gradient quantizer, float64 [numel], exact in float32.
 
     Element i takes word i % 4 of counter (i / 4, step), each 64 bits, low word first.
@@ -337,9 +335,7 @@ class _QuantizeGradient(torch.autograd.Function):
         return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None, None
 
 
-def dorefa_gradient(
-    input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0
-) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0) -> Tensor:
     """See :func:`quantkernels.functional.dorefa_gradient`; the result is a view with `inplace` too."""
     if bits == 32:
         return input

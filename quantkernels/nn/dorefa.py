@@ -89,8 +89,8 @@ class DoReFaGradient(nn.Module):
     """The identity, which in training quantizes the gradient that flows back through it to `bits` bits.
 
     The first axis is the batch: each sample's gradient has its own scale. Rounding is stochastic. The noise depends on
-    the seed and on the number of backward passes so far, both of which are in the state_dict: a resumed run repeats. The
-    processes of torch.distributed share them, but each draws other noise.
+    the seed and on the number of backward passes so far, both of which are in the state_dict: a resumed run repeats.
+    The processes of torch.distributed share them, but each draws other noise.
 
     Args:
         bits: 1 to 16, or 32 for the identity.

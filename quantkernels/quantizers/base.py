@@ -79,8 +79,8 @@ class Quantizer(abc.ABC):
 
     'input' is every argument of the layer's forward that has no default and is a floating-point tensor, each with its
     own range (Bilinear has two); indices, as of an Embedding, pass. 'output' and 'gradient' are about the tensor that
-    the layer returns, or the first floating-point tensor of a tuple, list or dict. The output of a clamp-type activation
-    is quantized together with the activation, in one operator.
+    the layer returns, or the first floating-point tensor of a tuple, list or dict. The output of a clamp-type
+    activation is quantized together with the activation, in one operator.
 
     A step is one forward of the whole model in training mode, however often it calls a layer; with an optimizer, it is
     a step of the optimizer, as gradient accumulation, pipelines and several forwards before one backward need. A module
@@ -121,7 +121,8 @@ class Quantizer(abc.ABC):
         _check_is_not_wrapped(name, model)
         if dummy_input is not None and not isinstance(dummy_input, Tensor | tuple | list | dict):
             raise TypeError(
-                f"{name}: expected `dummy_input` to be a tensor, or a tuple or dict of arguments, but got {dummy_input!r}"
+                f"{name}: expected `dummy_input` to be a tensor, or a tuple or dict of arguments, but got "
+                f"{dummy_input!r}"
             )
         self.model = model
         self.entries = parse_config_list(config_list, self.grammar, model)
@@ -201,7 +202,9 @@ class Quantizer(abc.ABC):
     def doubts(self) -> list[str]:
         """What the configuration asks for that users seldom mean, in words; compress() warns of it."""
         ternary = [str(layer) for layer in self.layers if _is_ternary(layer)]
-        return [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
+        return (
+            [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
+        )
 
     def decompress(self) -> nn.Module:
         """Takes all instrumentation back and returns the float model, with the weights as trained.
@@ -262,7 +265,7 @@ class Quantizer(abc.ABC):
         Batches that do not reach a layer, or in which it sees what is not finite, do not count for it. Frozen ranges
         are set as well. If a batch raises, no range is changed.
 
-        The model runs in evaluation mode without gradients. Weights are quantized, the tensors that are observed are not.
+        The model runs in evaluation mode without gradients. Weights are quantized, tensors that are observed are not.
 
         Args:
             batches: tensors, tuples or lists of positional arguments, or dicts of named ones.
@@ -389,9 +392,9 @@ class Quantizer(abc.ABC):
         """What computes with a quantized layer without calling it, in this model."""
         quantized = {layer.module for layer in planned if layer.quantizers}
         for module in self.model.modules():
-            if isinstance(module, nn.MultiheadAttention) and module.out_proj in quantized:
-                if not layers_.is_instrumented(module):
-                    layers_.instrument(module, {})
+            uses_quantized = isinstance(module, nn.MultiheadAttention) and module.out_proj in quantized
+            if uses_quantized and not layers_.is_instrumented(module):
+                layers_.instrument(module, {})
             if layers_.accepts_fast_path(module) and not quantized.isdisjoint(module.modules()):
                 layers_.leave_fast_path(module)
 
@@ -515,7 +518,9 @@ class Quantizer(abc.ABC):
 
     def _state(self) -> dict[str, Tensor]:
         """The quantizer's own tensors in the model's state_dict."""
-        ours = {module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()}
+        ours = {
+            module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()
+        }
         state = {STEP: self.model._buffers[STEP]}
         for name, module in self.model.named_modules(remove_duplicate=False):
             if module in ours:

@@ -152,7 +152,9 @@ def named_modules(model: nn.Module) -> list[NamedModule]:
     by_name: dict[str, NamedModule] = {}
     for module, aliases in names.items():
         parents = [by_name[parent] for name in aliases if (parent := name.rpartition(".")[0]) in by_name]
-        containers = {id(above): above for parent in parents if parent.names[0] for above in (*parent.containers, parent)}
+        containers = {
+            id(above): above for parent in parents if parent.names[0] for above in (*parent.containers, parent)
+        }
         named = NamedModule(tuple(aliases), op_type(module), module, tuple(containers.values()))
         listed.append(named)
         by_name.update(dict.fromkeys(aliases, named))
@@ -380,7 +382,6 @@ class _EntryParser:
         if step < 0:
             raise ValueError(f"{where}: expected a step of at least 0, but got {step}")
         return step
-
 
     def _quant_axis(self, where: str, entry: Mapping[str, object], scheme: Mapping[QuantType, Scheme]) -> int | None:
         if "quant_axis" not in entry:

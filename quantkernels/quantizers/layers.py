@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantkernels.quantizers.config import user_class
@@ -102,8 +103,8 @@ def restore(module: nn.Module) -> None:
     cls = type(module)
     if "_float_class" not in vars(cls):
         raise RuntimeError(
-            f"decompress: expected a layer of class {float_class(module).__name__} not to be wrapped or sharded, but it "
-            f"is now of {cls.__mro__}; take the model out of its wrapper first"
+            f"decompress: expected a layer of class {float_class(module).__name__} not to be wrapped or sharded, but "
+            f"it is now of {cls.__mro__}; take the model out of its wrapper first"
         )
     for name in _CHILDREN:
         module._modules.pop(name, None)
@@ -142,7 +143,8 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     members = {"forward": forward, "__reduce_ex__": _reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     members |= {"__qualname__": cls.__qualname__, "_float_class": cls}
     if isinstance(inspect.getattr_static(cls, "weight", None), property):  # torch.nn.utils.parametrize
-        members["weight"] = property(functools.partial(_weight_in_call, cls), getattr(cls.weight, "fset", None))  # type: ignore[attr-defined]
+        setter = getattr(cls.weight, "fset", None)  # type: ignore[attr-defined]
+        members["weight"] = property(functools.partial(_weight_in_call, cls), setter)
     return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 

@@ -1,7 +1,7 @@
 """The class of a compressed model: a forward in training mode is a step, and the state_dict describes the grids.
 
-As a layer's, the class of the model is replaced by a subclass, and nothing else of the model changes but for one buffer,
-which counts the steps.
+As a layer's, the class of the model is replaced by a subclass, and nothing else of the model changes but for one
+buffer, which counts the steps.
 """
 
 from __future__ import annotations

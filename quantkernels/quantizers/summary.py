@@ -1,4 +1,4 @@
-"""The summary of a quantizer: a row for everything that is quantized or has weights and is not, as data and as a table."""
+"""The summary of a quantizer: a row for all that is quantized, or has weights and is not, as data and as a table."""
 
 from __future__ import annotations
 
