@@ -115,7 +115,7 @@ class Observers:
         """The members' tensors by device; with `counts` a group on the counter's device even if it is empty."""
         groups: dict[torch.device, _OnDevice] = {}
         if counts and self.model is not None:
-            device = self.model._buffers[STEP].device
+            device = self._counter(self.model).device
             groups[device] = _OnDevice(device, [], [], [], [])
         for member in members:
             observed_range = member.observed_range
@@ -133,7 +133,13 @@ class Observers:
         """The counter, on the group's device; for a module used alone, one that nobody reads."""
         if self.model is None:
             return group.members[0].scratch_step
-        return self.model._buffers[STEP].to(group.device, non_blocking=True)
+        return self._counter(self.model).to(group.device, non_blocking=True)
+
+    @staticmethod
+    def _counter(model: nn.Module) -> Tensor:
+        step = model._buffers[STEP]
+        assert step is not None
+        return step
 
     def _combine_over_processes(self, pending: list[Tensor]) -> None:
         """One collective: the extrema over all processes. What is not finite on one of them is so on all."""
@@ -149,7 +155,7 @@ class Observers:
         flat = torch.cat([tensor.reshape(-1) for tensor in pending]) * signs
         flat = torch.where(flat.isnan(), torch.inf, flat)
         dist.all_reduce(flat, dist.ReduceOp.MAX, self.process_group)
-        parts = (flat * signs).split(sizes)
+        parts = (flat * signs).split_with_sizes(sizes)
         torch._foreach_copy_(pending, [part.view_as(tensor) for part, tensor in zip(parts, pending, strict=True)])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -512,8 +512,8 @@ class Quantizer(abc.ABC):
         described: dict[str, dict[str, Any]] = {}
         for layer in self.layers:
             for quant_type, quantizer in layer.quantizers.items():
-                grids = [module.grid() for module in quantizer.modules() if hasattr(module, "grid")]
-                described.setdefault(layer.name, {})[quant_type] = grids[0]
+                module: Any = next(module for module in quantizer.modules() if hasattr(module, "grid"))
+                described.setdefault(layer.name, {})[quant_type] = module.grid()
         return {"version": model_.FORMAT_VERSION, "quantizer": type(self).__name__, "layers": described}
 
     def _state(self) -> dict[str, Tensor]:

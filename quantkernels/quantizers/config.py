@@ -202,7 +202,7 @@ def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -
     for entry in entries:
         if not any(entry.matches(module) for module in modules):
             raise ValueError(_no_match_message(entry, modules))
-    deciding = {entry.index for module in modules if (entry := deciding_entry(entries, module)) is not None}
+    deciding = {decided.index for module in modules if (decided := deciding_entry(entries, module)) is not None}
     for entry in entries:
         if not entry.exclude and entry.index not in deciding:
             raise ValueError(

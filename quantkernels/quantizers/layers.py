@@ -13,7 +13,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ WEIGHT, INPUT, OUTPUT, GRADIENT = "weight_quantizer", "input_quantizer", "output
 _CHILDREN = (WEIGHT, INPUT, OUTPUT, GRADIENT)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _WALKS_ITS_CHILDREN = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def cached(function: _Function) -> _Function:
+    """functools.cache, which keeps the function's type."""
+    return cast(_Function, functools.cache(function))
 
 
 class InputQuantizers(nn.ModuleList):
@@ -112,7 +120,7 @@ def restore(module: nn.Module) -> None:
     module.__class__ = float_class(module)
 
 
-@functools.cache
+@cached
 def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` that quantizes in its forward. It has the name of `cls` and its signature."""
     direct = _DIRECT.get(cls.forward)

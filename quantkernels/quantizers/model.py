@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkernels.nn.observers import STEP
+from quantkernels.quantizers.layers import cached, quantized_class
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import Quantizer
@@ -53,7 +54,7 @@ def restore(model: nn.Module) -> None:
     del model._buffers[STEP]
 
 
-@functools.cache
+@cached
 def compressed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` for a compressed model, with the name of `cls` and the signature of its forward."""
 
@@ -72,7 +73,7 @@ def compressed_class(cls: type[nn.Module]) -> type[nn.Module]:
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if (quantizer := quantizer_of(self)) is not None:
             _check_grids(quantizer, state_dict, prefix)
-        cls._load_from_state_dict(self, state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        cls._load_from_state_dict(self, state_dict, prefix, *rest)
 
     members = {"forward": forward, "_save_to_state_dict": save, "_load_from_state_dict": load, "__reduce_ex__": _reduce}
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -141,7 +142,5 @@ def _reduce(model: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def _new_model(cls: type[nn.Module], is_layer: bool) -> nn.Module:
-    from quantkernels.quantizers.layers import quantized_class
-
     made = compressed_class(quantized_class(cls) if is_layer else cls)
     return made.__new__(made)

@@ -106,7 +106,7 @@ def _rows_of_layer(quantizer: Quantizer, layer: QuantizedLayer, measured: dict[n
     idle = {reason.partition(":")[0]: reason.partition(": ")[2] for reason in idle_reasons(layer)}
     rows = []
     for quant_type, container in layer.quantizers.items():
-        modules = [module for module in container.modules() if hasattr(module, "grid")]
+        modules: list[Any] = [module for module in container.modules() if hasattr(module, "grid")]
         grid = modules[0].grid()
         status = _status(quantizer, layer, quant_type, modules, idle)
         if quant_type == "weight":
