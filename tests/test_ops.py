@@ -73,8 +73,9 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "dorefa_weight_backward": lambda: (torch.randn(5, 7), torch.randn(5, 7), torch.ones(1)),
     "dorefa_activation": lambda: (torch.randn(5, 7), 3),
     "dorefa_activation_": lambda: (torch.randn(5, 7), 3),
-    "dorefa_gradient": lambda: (torch.randn(5, 7), torch.tensor([1, 2]), 3),
+    "dorefa_gradient": lambda: (torch.randn(5, 7), torch.tensor([1, 2]), 3, 1),
 }
+SAMPLES |= {f"{name}.in_forward": SAMPLES[name] for name in ("begin_step", "end_step")}
 
 
 def overload(sample: str) -> Any:
