@@ -187,7 +187,7 @@ def test_graph_capture_and_replay(size: int) -> None:
         functional.begin_step([known], [active], [pending], step, [1])
         y = functional.observe_fake_quantize(x, active, pending, 0, 255)
         functional.end_step([known], [pending], [0.1], step)
-        return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4)
+        return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4, 0)
 
     before = [tensor.clone() for tensor in (*state, rng_state)]
     graph = torch.cuda.CUDAGraph()
