@@ -221,16 +221,18 @@ def test_numbers_are_checked(kwargs: dict[str, Any], expected: str, actual: str)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected", "actual"),
+    ("arguments", "kind", "expected", "actual"),
     [
-        ((0,), "`bits` to be an int from 1 to 16", "0"),
-        ((1, "int", True), "`bits` to be an int from 2 to 16", "1"),
-        ((8.0,), "`bits` to be an int from 1 to 16", "8.0"),
-        ((8, "float"), "`dtype` to be 'uint' or 'int'", "'float'"),
+        ((0,), ValueError, "`bits` to be an int from 1 to 16", "0"),
+        ((1, "int", True), ValueError, "`bits` to be an int from 2 to 16", "1"),
+        ((8.0,), TypeError, "`bits` to be an int", "8.0"),
+        ((8, "float"), ValueError, "`quant_dtype` to be 'uint' or 'int'", "'float'"),
     ],
 )
-def test_quant_range_errors(arguments: tuple[Any, ...], expected: str, actual: str) -> None:
-    with pytest.raises(RuntimeError) as error:
+def test_quant_range_errors(
+    arguments: tuple[Any, ...], kind: type[Exception], expected: str, actual: str
+) -> None:
+    with pytest.raises(kind) as error:
         functional.quant_range(*arguments)
     assert str(error.value) == f"quant_range: expected {expected}, but got {actual}"
 
