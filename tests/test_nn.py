@@ -280,7 +280,9 @@ def test_fake_quantize_rejects_bad_arguments(arguments: dict[str, Any], error: t
 
 
 def test_fake_quantize_describes_itself() -> None:
-    assert repr(FakeQuantize()) == "FakeQuantize(bits=8, quant_dtype=uint, quant_scheme=per_tensor_affine, momentum=0.01)"
+    assert (
+        repr(FakeQuantize()) == "FakeQuantize(bits=8, quant_dtype=uint, quant_scheme=per_tensor_affine, momentum=0.01)"
+    )
     module = FakeQuantize(4, "int", "per_channel_symmetric", 1, 1.0, channels=3, bounds=(0, 6), inplace=True)
     module.frozen, module.enabled = True, False
     assert repr(module) == (
@@ -288,7 +290,10 @@ def test_fake_quantize_describes_itself() -> None:
         "bounds=(0.0, 6.0), inplace=True, frozen=True, enabled=False)"
     )
     weight = FakeQuantize(4, "int", "per_channel_symmetric", dynamic=True)
-    assert repr(weight) == "FakeQuantize(bits=4, quant_dtype=int, quant_scheme=per_channel_symmetric, axis=0, dynamic=True)"
+    assert (
+        repr(weight)
+        == "FakeQuantize(bits=4, quant_dtype=int, quant_scheme=per_channel_symmetric, axis=0, dynamic=True)"
+    )
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

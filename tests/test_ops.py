@@ -229,9 +229,7 @@ def test_numbers_are_checked(kwargs: dict[str, Any], expected: str, actual: str)
         ((8, "float"), ValueError, "`quant_dtype` to be 'uint' or 'int'", "'float'"),
     ],
 )
-def test_quant_range_errors(
-    arguments: tuple[Any, ...], kind: type[Exception], expected: str, actual: str
-) -> None:
+def test_quant_range_errors(arguments: tuple[Any, ...], kind: type[Exception], expected: str, actual: str) -> None:
     with pytest.raises(kind) as error:
         functional.quant_range(*arguments)
     assert str(error.value) == f"quant_range: expected {expected}, but got {actual}"
