@@ -112,7 +112,7 @@ def qparams(
     levels = quant_max - quant_min
     spread = high - low
     # A spread beyond the largest float is divided before it is doubled.
-    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high / 2 - low / 2, levels))
+    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high * 0.5 - low * 0.5, levels))
     scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
