@@ -94,7 +94,7 @@ def test_qat_instruments_weights_inputs_and_outputs() -> None:
     conv = model.conv1
     weight = conv.weight_quantizer
     assert isinstance(weight, FakeQuantize)
-    assert (weight.bits, weight.dtype, weight.axis, weight.dynamic) == (4, "int", 0, True)
+    assert (weight.bits, weight.quant_dtype, weight.axis, weight.dynamic) == (4, "int", 0, True)
     assert isinstance(conv.input_quantizer[0], FakeQuantize)
     assert isinstance(conv.output_quantizer, FakeQuantize)
     assert (conv.output_quantizer.bits, conv.output_quantizer.dynamic) == (8, False)
