@@ -24,9 +24,7 @@ QK_INLINE QuantizationParameters channel_parameters(const AffineJob& job, int64_
   }
   const float scale = job.scale != nullptr ? job.scale[channel] : job.scale_number;
   const int32_t zero_point = job.zero_point != nullptr ? job.zero_point[channel] : job.zero_point_number;
-  return {scale, zero_point < job.quant_min   ? job.quant_min
-                              : zero_point > job.quant_max ? job.quant_max
-                                                           : zero_point};
+  return {scale, zero_point < job.quant_min ? job.quant_min : zero_point > job.quant_max ? job.quant_max : zero_point};
 }
 
 template <class S, class T = typename ComputeType<S>::type>
