@@ -27,27 +27,55 @@ struct AffineJob {
   void* output;
   uint8_t* mask;  // bit i % 8 of byte i / 8: the gradient passes
   ChannelView view;
-  const float* scale;         // [channels]
-  const int32_t* zero_point;  // [channels]
-  const float* range;         // [2, channels]: a channel is quantized only once its range has been observed. Or null.
-  const int64_t* step;        // []: nothing is quantized while step < quant_start_step. Or null.
-  int64_t quant_start_step;
+  // A channel's grid: its scale and zero point, or where `range` is not null the ones that follow from its range. A
+  // channel whose range has seen nothing passes through the activation alone.
+  const float* scale;         // [channels]. Or null: scale_number, of one channel.
+  const int32_t* zero_point;  // [channels]. Or null: zero_point_number, of one channel.
+  const float* range;         // [2, channels]
+  float scale_number;
+  int32_t zero_point_number;
+  bool symmetric;
   int32_t quant_min, quant_max;
   double low, high;  // the activation's bounds, infinite when there is none
+  float* pending;    // [2, channels], widened by the extrema of the clamped input. Or null.
 };
 
-// Observation in front of fake quantization: extrema of the clamped input, moving average, scale and zero point.
-// The pointers are the mutable faces of those in `affine`.
-struct ObserveJob {
-  AffineJob affine;
-  float* range;         // [2, channels], updated when observe
-  float* scale;         // [channels], updated when observe
-  int32_t* zero_point;  // [channels], updated when observe
-  int64_t* step;        // [], advanced after use when advance_step
+// The least and the largest element of every channel, as float32, and (0, 0) for all while `active` is that.
+struct RangeJob {
+  DType dtype;
+  const void* input;
+  ChannelView view;
+  const float* active;  // [2] or null
+  float* range;         // [2, channels]
+};
+
+// One quantizer's ranges, each [2, channels], at the start of a step: active = range, or (0, 0) before its start step;
+// pending is emptied.
+struct BeginStep {
+  const float* range;
+  float* active;
+  float* pending;
+  int64_t channels;
+  int64_t quant_start_step;
+};
+// At the end of a step: pending enters the moving average.
+struct EndStep {
+  float* range;
+  const float* pending;
+  int64_t channels;
   float momentum;
-  bool symmetric;
-  bool observe;
-  bool advance_step;
+};
+
+// All quantizers of a model at once. `steps` is in host memory.
+struct BeginStepJob {
+  const BeginStep* steps;
+  int64_t count;
+  const int64_t* step;  // []
+};
+struct EndStepJob {
+  const EndStep* steps;
+  int64_t count;
+  int64_t* step;  // [], advanced
 };
 
 // grad_input = mask ? grad_output : 0, for elements of element_size bytes.
@@ -101,6 +129,7 @@ struct DoReFaActivationJob {
 };
 
 // DoReFa gradients of [samples, inner] contiguous elements. rng_state is (seed, step); the step is advanced after use.
+// Each stream of a seed, such as a process of a distributed run, draws other noise.
 struct DoReFaGradientJob {
   DType dtype;
   const void* grad_output;
@@ -108,6 +137,7 @@ struct DoReFaGradientJob {
   int64_t samples, inner;
   int32_t bits;
   int64_t* rng_state;
+  int64_t stream;
 };
 
 }  // namespace qk

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,7 +34,7 @@ def _load() -> None:
         cause = str(error.__cause__ or error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
         raise ImportError(
             f"quantkernels: the compiled library cannot be loaded with torch {torch.__version__}: {cause}. "
-            "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
+            "It needs torch 2.10 or later. Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
         ) from error
 
 
@@ -61,9 +61,9 @@ def build_info() -> dict[str, Any]:
     return info
 
 
-def fail(op: str, argument: str, expected: str, actual: object) -> NoReturn:
-    """Raises the one form of error message that all operators use."""
-    raise RuntimeError(f"{op}: expected `{argument}` to be {expected}, but got {actual}")
+def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = RuntimeError) -> NoReturn:
+    """Raises the one form of error message that all operators use; operators themselves raise RuntimeError."""
+    raise error(f"{op}: expected `{argument}` to be {expected}, but got {actual}")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -102,80 +102,73 @@ def _check_per_channel(op: str, argument: str, tensor: Tensor, channels: int | t
         fail(op, argument, f"of shape [{channels}]", _shape(tensor))
 
 
-def _check_grid(op: str, quant_min: int, quant_max: int, low: float, high: float) -> None:
-    if not _SMALLEST_LEVEL <= quant_min <= 0:
-        fail(op, "quant_min", f"from {_SMALLEST_LEVEL} to 0", quant_min)
-    if not quant_min < quant_max <= _LARGEST_LEVEL:
-        fail(op, "quant_max", f"from quant_min + 1 to {_LARGEST_LEVEL}", quant_max)
-    if not low < high:
-        fail(op, "low", f"less than high = {high:g}", f"{low:g}")
+def _check_range(op: str, argument: str, range: Tensor, channels: int | torch.SymInt) -> None:
+    if range.numel() != 2 * channels or range.dim() == 0 or range.shape[0] != 2:
+        fail(op, argument, f"of shape [2, {channels}] or, per tensor, [2]", _shape(range))
+
+
+def _check_contiguous(op: str, argument: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        fail(op, argument, "contiguous", "other strides")
+
+
+class _Quantization(NamedTuple):
+    """A grid and the activation in front of it; a bound of None is none."""
+
+    quant_min: int
+    quant_max: int
+    symmetric: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    def check(self, op: str) -> None:
+        quant_min, quant_max, symmetric, low, high = self
+        if not _SMALLEST_LEVEL <= quant_min <= 0:
+            fail(op, "quant_min", f"from {_SMALLEST_LEVEL} to 0", quant_min)
+        if not quant_min < quant_max <= _LARGEST_LEVEL:
+            fail(op, "quant_max", f"from quant_min + 1 to {_LARGEST_LEVEL}", quant_max)
+        smallest = 1 if quant_min < 0 else 2
+        if symmetric and quant_max < smallest:
+            fail(op, "quant_max", f"at least {smallest} when symmetric", quant_max)
+        low = -math.inf if low is None else low
+        high = math.inf if high is None else high
+        if not low < high:
+            fail(op, "low", f"less than high = {high:g}", f"{low:g}")
 
 
 def _channels(input: Tensor, axis: int | None) -> int | torch.SymInt:
     return 1 if axis is None else input.shape[axis]
 
 
-def _check_affine(
-    op: str,
-    input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    low: float,
-    high: float,
-) -> int | None:
+def _check_given(
+    op: str, input: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, quantization: _Quantization
+) -> None:
     _check_same_device(op, "scale", scale, input)
     _check_same_device(op, "zero_point", zero_point, input)
     _check_floating(op, "input", input)
     _check_dtype(op, "scale", scale, torch.float32)
     _check_dtype(op, "zero_point", zero_point, torch.int32)
-    axis = _check_axis(op, input, axis)
-    channels = _channels(input, axis)
+    channels = _channels(input, _check_axis(op, input, axis))
     _check_per_channel(op, "scale", scale, channels)
     _check_per_channel(op, "zero_point", zero_point, channels)
-    _check_grid(op, quant_min, quant_max, low, high)
-    return axis
+    quantization.check(op)
 
 
-class _State(NamedTuple):
-    range: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    step: Tensor
-
-
-class _Options(NamedTuple):
-    quant_min: int
-    quant_max: int
-    axis: int | None
-    momentum: float
-    quant_start_step: int
-    low: float
-    high: float
-
-
-def _check_observe(op: str, input: Tensor, state: _State, options: _Options) -> None:
-    _check_same_device(op, "range", state.range, input)
-    _check_same_device(op, "step", state.step, input)
-    _check_dtype(op, "range", state.range, torch.float32)
-    _check_dtype(op, "step", state.step, torch.int64)
-    quant_min, quant_max, axis, momentum, quant_start_step, low, high = options
-    axis = _check_affine(op, input, state.scale, state.zero_point, quant_min, quant_max, axis, low, high)
-    channels = _channels(input, axis)
-    range = state.range
-    if range.numel() != 2 * channels or range.dim() == 0 or range.shape[0] != 2:
-        fail(op, "range", f"of shape [2, {channels}] or, per tensor, [2]", _shape(range))
-    if state.step.numel() != 1:
-        fail(op, "step", "of one element", _shape(state.step))
-    for argument, tensor in (("range", range), ("scale", state.scale), ("zero_point", state.zero_point)):
-        if not tensor.is_contiguous():
-            fail(op, argument, "contiguous", "other strides")
-    if not 0.0 < momentum <= 1.0:
-        fail(op, "momentum", "greater than 0 and at most 1", f"{momentum:g}")
-    if quant_start_step < 0:
-        fail(op, "quant_start_step", "0 or more", quant_start_step)
+def _check_in_range(
+    op: str, input: Tensor, ranges: dict[str, Tensor], axis: int | None, quantization: _Quantization
+) -> None:
+    """`ranges` by the names of the arguments; ``pending`` is written to."""
+    for argument, tensor in ranges.items():
+        _check_same_device(op, argument, tensor, input)
+    _check_floating(op, "input", input)
+    for argument, tensor in ranges.items():
+        _check_dtype(op, argument, tensor, torch.float32)
+    channels = _channels(input, _check_axis(op, input, axis))
+    for argument, tensor in ranges.items():
+        _check_range(op, argument, tensor, channels)
+    if "pending" in ranges:
+        _check_contiguous(op, "pending", ranges["pending"])
+    quantization.check(op)
 
 
 def memory_format_index(tensor: Tensor) -> int:
@@ -197,15 +190,13 @@ def _empty_mask(input: Tensor) -> Tensor:
     return input.new_empty(((input.numel() + 7) // 8,), dtype=torch.uint8)
 
 
-_AFFINE = "int quant_min, int quant_max, int? axis, float low, float high"
-_OBSERVER = (
-    "Tensor(a!) range, Tensor(b!) scale, Tensor(c!) zero_point, Tensor(d!) step, int quant_min, int quant_max, "
-    "bool symmetric, int? axis, float momentum, int quant_start_step, bool observe, bool advance_step, "
-    "float low, float high"
-)
+_BOUNDS = "float? low, float? high"
+_GRID = "int quant_min, int quant_max"
+_GIVEN = f"Tensor scale, Tensor zero_point, {_GRID}, int? axis, {_BOUNDS}"
+_OUTPUT = "(Tensor output, Tensor mask)"
 
 
-@_define(f"fake_quantize(Tensor input, Tensor scale, Tensor zero_point, {_AFFINE}) -> (Tensor output, Tensor mask)")
+@_define(f"fake_quantize(Tensor input, {_GIVEN}) -> {_OUTPUT}")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -213,14 +204,15 @@ def _(
     quant_min: int,
     quant_max: int,
     axis: int | None,
-    low: float,
-    high: float,
+    low: float | None,
+    high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_affine("fake_quantize", input, scale, zero_point, quant_min, quant_max, axis, low, high)
+    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
+    _check_given("fake_quantize", input, scale, zero_point, axis, quantization)
     return _empty_like(input), _empty_mask(input)
 
 
-@_define(f"fake_quantize_(Tensor(a!) input, Tensor scale, Tensor zero_point, {_AFFINE}) -> Tensor mask")
+@_define(f"fake_quantize_(Tensor(a!) input, {_GIVEN}) -> Tensor mask")
 def _(
     input: Tensor,
     scale: Tensor,
@@ -228,103 +220,236 @@ def _(
     quant_min: int,
     quant_max: int,
     axis: int | None,
-    low: float,
-    high: float,
+    low: float | None,
+    high: float | None,
 ) -> Tensor:
-    _check_affine("fake_quantize_", input, scale, zero_point, quant_min, quant_max, axis, low, high)
+    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
+    _check_given("fake_quantize_", input, scale, zero_point, axis, quantization)
     return _empty_mask(input)
 
 
-_PER_TENSOR = "Tensor scale, Tensor zero_point, int quant_min, int quant_max"
+_PER_TENSOR = f"Tensor scale, Tensor zero_point, {_GRID}"
 """Without an axis and an activation: a call costs 0.15 us for every argument."""
 
 
-@_define(f"fake_quantize.per_tensor(Tensor input, {_PER_TENSOR}) -> (Tensor output, Tensor mask)")
+@_define(f"fake_quantize.per_tensor(Tensor input, {_PER_TENSOR}) -> {_OUTPUT}")
 def _(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    _check_affine("fake_quantize", input, scale, zero_point, quant_min, quant_max, None, -math.inf, math.inf)
+    _check_given("fake_quantize", input, scale, zero_point, None, _Quantization(quant_min, quant_max))
     return _empty_like(input), _empty_mask(input)
 
 
 @_define(f"fake_quantize_.per_tensor(Tensor(a!) input, {_PER_TENSOR}) -> Tensor mask")
 def _(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    _check_affine("fake_quantize_", input, scale, zero_point, quant_min, quant_max, None, -math.inf, math.inf)
+    _check_given("fake_quantize_", input, scale, zero_point, None, _Quantization(quant_min, quant_max))
     return _empty_mask(input)
 
 
-def _check_numbers(
-    op: str, input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float
-) -> None:
+def _check_numbers(op: str, input: Tensor, scale: float, zero_point: int, quantization: _Quantization) -> None:
     _check_floating(op, "input", input)
-    _check_grid(op, quant_min, quant_max, low, high)
+    quantization.check(op)
+    quant_min, quant_max = quantization[:2]
     if not 0.0 < scale < math.inf:
         fail(op, "scale", "a positive finite number or a tensor", f"{scale:g}")
     if not quant_min <= zero_point <= quant_max:
         fail(op, "zero_point", f"from quant_min = {quant_min} to quant_max = {quant_max}", zero_point)
 
 
-_NUMBERS = "float scale, int zero_point, int quant_min, int quant_max, float low, float high"
+_NUMBERS = f"float scale, int zero_point, {_GRID}, {_BOUNDS}"
 
 
-@_define(f"fake_quantize.number(Tensor input, {_NUMBERS}) -> (Tensor output, Tensor mask)")
+@_define(f"fake_quantize.number(Tensor input, {_NUMBERS}) -> {_OUTPUT}")
 def _(
-    input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float
+    input: Tensor,
+    scale: float,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    low: float | None,
+    high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_numbers("fake_quantize", input, scale, zero_point, quant_min, quant_max, low, high)
+    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
+    _check_numbers("fake_quantize", input, scale, zero_point, quantization)
     return _empty_like(input), _empty_mask(input)
 
 
 @_define(f"fake_quantize_.number(Tensor(a!) input, {_NUMBERS}) -> Tensor mask")
-def _(input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, low: float, high: float) -> Tensor:
-    _check_numbers("fake_quantize_", input, scale, zero_point, quant_min, quant_max, low, high)
+def _(
+    input: Tensor,
+    scale: float,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
+    _check_numbers("fake_quantize_", input, scale, zero_point, quantization)
     return _empty_mask(input)
 
 
-@_define(f"observe_fake_quantize(Tensor input, {_OBSERVER}) -> (Tensor output, Tensor mask)")
+_IN_RANGE = f"{_GRID}, bool symmetric, int? axis, {_BOUNDS}"
+
+
+@_define(f"fake_quantize_in_range(Tensor input, Tensor range, {_IN_RANGE}) -> {_OUTPUT}")
 def _(
     input: Tensor,
     range: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    step: Tensor,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
     axis: int | None,
-    momentum: float,
-    quant_start_step: int,
-    observe: bool,
-    advance_step: bool,
-    low: float,
-    high: float,
+    low: float | None,
+    high: float | None,
 ) -> tuple[Tensor, Tensor]:
-    state = _State(range, scale, zero_point, step)
-    options = _Options(quant_min, quant_max, axis, momentum, quant_start_step, low, high)
-    _check_observe("observe_fake_quantize", input, state, options)
+    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
+    _check_in_range("fake_quantize_in_range", input, {"range": range}, axis, quantization)
     return _empty_like(input), _empty_mask(input)
 
 
-@_define(f"observe_fake_quantize_(Tensor(e!) input, {_OBSERVER}) -> Tensor mask")
+@_define(f"fake_quantize_in_range_(Tensor(a!) input, Tensor range, {_IN_RANGE}) -> Tensor mask")
 def _(
     input: Tensor,
     range: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    step: Tensor,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
     axis: int | None,
-    momentum: float,
-    quant_start_step: int,
-    observe: bool,
-    advance_step: bool,
-    low: float,
-    high: float,
+    low: float | None,
+    high: float | None,
 ) -> Tensor:
-    state = _State(range, scale, zero_point, step)
-    options = _Options(quant_min, quant_max, axis, momentum, quant_start_step, low, high)
-    _check_observe("observe_fake_quantize_", input, state, options)
+    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
+    _check_in_range("fake_quantize_in_range_", input, {"range": range}, axis, quantization)
     return _empty_mask(input)
+
+
+@_define(f"observe_fake_quantize(Tensor input, Tensor active, Tensor(a!) pending, {_IN_RANGE}) -> {_OUTPUT}")
+def _(
+    input: Tensor,
+    active: Tensor,
+    pending: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    axis: int | None,
+    low: float | None,
+    high: float | None,
+) -> tuple[Tensor, Tensor]:
+    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
+    _check_in_range("observe_fake_quantize", input, {"active": active, "pending": pending}, axis, quantization)
+    return _empty_like(input), _empty_mask(input)
+
+
+@_define(f"observe_fake_quantize_(Tensor(a!) input, Tensor active, Tensor(b!) pending, {_IN_RANGE}) -> Tensor mask")
+def _(
+    input: Tensor,
+    active: Tensor,
+    pending: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    axis: int | None,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
+    _check_in_range("observe_fake_quantize_", input, {"active": active, "pending": pending}, axis, quantization)
+    return _empty_mask(input)
+
+
+@_define(f"fake_quantize_current(Tensor input, Tensor? active, {_GRID}, bool symmetric, int? axis) -> {_OUTPUT}")
+def _(
+    input: Tensor, active: Tensor | None, quant_min: int, quant_max: int, symmetric: bool, axis: int | None
+) -> tuple[Tensor, Tensor]:
+    op = "fake_quantize_current"
+    if active is not None:
+        _check_same_device(op, "active", active, input)
+    _check_floating(op, "input", input)
+    if active is not None:
+        _check_dtype(op, "active", active, torch.float32)
+    _check_axis(op, input, axis)
+    if active is not None:
+        _check_range(op, "active", active, 1)
+        _check_contiguous(op, "active", active)
+    _Quantization(quant_min, quant_max, symmetric).check(op)
+    return _empty_like(input), _empty_mask(input)
+
+
+def _check_length(op: str, argument: str, unit: str, items: Sequence[object], ranges: Sequence[Tensor]) -> None:
+    if len(items) != len(ranges):
+        fail(op, argument, f"of {len(ranges)} {unit}", len(items))
+
+
+def _check_ranges(op: str, argument: str, tensors: Sequence[Tensor], ranges: Sequence[Tensor], step: Tensor) -> None:
+    _check_length(op, argument, "tensors", tensors, ranges)
+    for index, (tensor, like) in enumerate(zip(tensors, ranges, strict=True)):
+        name = f"{argument}[{index}]"
+        _check_same_device(op, name, tensor, step)
+        _check_dtype(op, name, tensor, torch.float32)
+        if tensor.dim() == 0 or tensor.shape[0] != 2:
+            fail(op, name, "of shape [2] or [2, channels]", _shape(tensor))
+        if tensor.shape != like.shape:
+            fail(op, name, f"of shape {_shape(like)}", _shape(tensor))
+        _check_contiguous(op, name, tensor)
+
+
+def _check_step(op: str, step: Tensor) -> None:
+    _check_dtype(op, "step", step, torch.int64)
+    if step.numel() != 1:
+        fail(op, "step", "of one element", _shape(step))
+
+
+_BEGIN = "Tensor[] ranges, Tensor(a!)[] active, Tensor(b!)[] pending, Tensor step, int[] quant_start_steps"
+_END = "Tensor(a!)[] ranges, Tensor[] pending, float[] momenta, Tensor(b!) step"
+
+
+@_define(f"begin_step.in_forward({_BEGIN}) -> ()")
+@_define(f"begin_step({_BEGIN}) -> ()")
+def _(
+    ranges: Sequence[Tensor],
+    active: Sequence[Tensor],
+    pending: Sequence[Tensor],
+    step: Tensor,
+    quant_start_steps: Sequence[int],
+) -> None:
+    op = "begin_step"
+    _check_ranges(op, "ranges", ranges, ranges, step)
+    _check_ranges(op, "active", active, ranges, step)
+    _check_ranges(op, "pending", pending, ranges, step)
+    _check_step(op, step)
+    _check_length(op, "quant_start_steps", "numbers", quant_start_steps, ranges)
+
+
+@_define(f"end_step.in_forward({_END}) -> ()")
+@_define(f"end_step({_END}) -> ()")
+def _(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
+    op = "end_step"
+    _check_ranges(op, "ranges", ranges, ranges, step)
+    _check_ranges(op, "pending", pending, ranges, step)
+    _check_step(op, step)
+    _check_length(op, "momenta", "numbers", momenta, ranges)
+    for index, momentum in enumerate(momenta):
+        if not 0.0 < momentum <= 1.0:
+            fail(op, f"momenta[{index}]", "greater than 0 and at most 1", f"{momentum:g}")
+
+
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward, that is, activation checkpointing computes a forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _begin_step_in_forward(*arguments: Any) -> None:
+    if not is_recomputing():
+        torch.ops.quantkernels.begin_step.default(*arguments)
+
+
+def _end_step_in_forward(*arguments: Any) -> None:
+    if not is_recomputing():
+        torch.ops.quantkernels.end_step.default(*arguments)
+
+
+# A compiled forward cannot ask, while it is traced, whether it will run in a backward: its operators ask when they run.
+_library.impl("begin_step.in_forward", _begin_step_in_forward, "CompositeExplicitAutograd")
+_library.impl("end_step.in_forward", _end_step_in_forward, "CompositeExplicitAutograd")
 
 
 @_define("straight_through(Tensor grad_output, Tensor mask, int memory_format) -> Tensor")
@@ -400,8 +525,8 @@ def _(input: Tensor, bits: int) -> Tensor:
     return _empty_mask(input)
 
 
-@_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits) -> Tensor")
-def _(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+@_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits, int stream) -> Tensor")
+def _(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
     op = "dorefa_gradient"
     _check_same_device(op, "rng_state", rng_state, grad_output)
     _check_floating(op, "grad_output", grad_output)

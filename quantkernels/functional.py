@@ -11,19 +11,27 @@ elsewhere; one bit per element is all that is kept for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward
+from torch.jit import _trace as _jit
 
-from quantkernels._ops import fail, memory_format_index
+from quantkernels import _autograd
+from quantkernels._autograd import MASKED, bump_versions, masked
+from quantkernels._ops import fail
 
 __all__ = [
+    "begin_step",
     "dorefa_activation",
     "dorefa_gradient",
     "dorefa_weight",
+    "end_step",
     "fake_quantize",
+    "fake_quantize_current",
+    "fake_quantize_in_range",
     "min_max",
     "observe_fake_quantize",
     "qparams",
@@ -31,80 +39,47 @@ __all__ = [
 ]
 
 Bounds = tuple[float, float]
-_NO_BOUNDS: Bounds = (-math.inf, math.inf)
 _SMALLEST_SCALE = 2.0**-126
+_LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _raw: Any = torch.ops.quantkernels
-
-
-class _Operators(NamedTuple):
-    """Raw operators, looked up once: the lookup by name costs as much as a small tensor's kernel.
-
-    Attributes:
-        per_tensor: fake_quantize without an axis and an activation.
-        masked: by name, the quantizers that return (output, mask), and the same in place, which return the mask alone.
-    """
-
-    straight_through: Any
-    per_tensor: Any
-    masked: dict[str, tuple[Any, Any]]
-
-    @classmethod
-    def of(cls, way: Callable[[Any], Any]) -> _Operators:
-        """The operators as `way` makes them of ``torch.ops.quantkernels``'s."""
-        raw: Any = torch.ops.quantkernels
-        quantizers = {
-            "fake_quantize": (raw.fake_quantize.default, raw.fake_quantize_.default),
-            "fake_quantize_per_tensor": (raw.fake_quantize.per_tensor, raw.fake_quantize_.per_tensor),
-            "fake_quantize_number": (raw.fake_quantize.number, raw.fake_quantize_.number),
-            "observe_fake_quantize": (raw.observe_fake_quantize.default, raw.observe_fake_quantize_.default),
-            "dorefa_activation": (raw.dorefa_activation.default, raw.dorefa_activation_.default),
-        }
-        masked = {name: (way(operator), way(in_place)) for name, (operator, in_place) in quantizers.items()}
-        return cls(way(raw.straight_through.default), masked["fake_quantize_per_tensor"][0], masked)
-
-
-# An operator called from Python goes through OpOverload.__call__, a frame of 0.25 us that forwards its arguments; only
-# torch.compile, which must know the operator, needs it.
-_TRACED = _Operators.of(lambda operator: operator)
-_EAGER = _Operators.of(lambda operator: getattr(operator, "_op", operator))
+_per_tensor = MASKED["fake_quantize_per_tensor"].operator.eager
 _tracing = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
-def _operators() -> _Operators:
-    return _TRACED if _tracing() else _EAGER
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _needs_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
-
-
-def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
+def quant_range(bits: int, quant_dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
     """The integer grid of a quantizer.
 
     Args:
         bits: 1 to 16, at least 2 when symmetric.
-        dtype: ``'uint'`` or ``'int'``.
+        quant_dtype: ``'uint'`` or ``'int'``.
         symmetric: the zero point is fixed; signed grids are then narrow, [-127, 127] for 8 bits (Jacob et al. 2018).
 
     Returns:
         ``(quant_min, quant_max)``.
+
+    Raises:
+        TypeError: `bits` is no int.
+        ValueError: a value is out of range.
     """
     op = "quant_range"
-    if dtype not in ("uint", "int"):
-        fail(op, "dtype", "'uint' or 'int'", repr(dtype))
+    if quant_dtype not in ("uint", "int"):
+        fail(op, "quant_dtype", "'uint' or 'int'", repr(quant_dtype), ValueError)
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        fail(op, "bits", "an int", repr(bits), TypeError)
     fewest = 2 if symmetric else 1
-    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= 16:
-        fail(op, "bits", f"an int from {fewest} to 16", repr(bits))
-    if dtype == "uint":
+    if not fewest <= bits <= 16:
+        fail(op, "bits", f"an int from {fewest} to 16", repr(bits), ValueError)
+    if quant_dtype == "uint":
         return 0, 2**bits - 1
     highest = 2 ** (bits - 1) - 1
     return (-highest if symmetric else -highest - 1), highest
+
+
+def _divide(tensor: Tensor, number: int) -> Tensor:
+    """The rounded quotient on every device: by a number, torch multiplies with its reciprocal on a GPU."""
+    return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
 
 
 def qparams(
@@ -120,7 +95,7 @@ def qparams(
         symmetric: whether the zero point is fixed to the middle of the grid.
 
     Returns:
-        ``(scale, zero_point)``, float32 (at least 2^-126) and int32, of the shape of `range_min`.
+        ``(scale, zero_point)``, float32 (at least 2^-126, finite) and int32, of the shape of `range_min`.
     """
     op = "qparams"
     for argument, tensor in (("range_min", range_min), ("range_max", range_max)):
@@ -132,67 +107,23 @@ def qparams(
     high = range_max.clamp(min=0.0)
     if symmetric:
         middle = 0 if quant_min < 0 else (quant_max + 1) // 2
-        scale = torch.maximum(-low, high).div(quant_max - middle).clamp(min=_SMALLEST_SCALE)
+        scale = _divide(torch.maximum(-low, high), quant_max - middle).clamp(min=_SMALLEST_SCALE)
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
-    scale = (high - low).div(quant_max - quant_min).clamp(min=_SMALLEST_SCALE)
+    levels = quant_max - quant_min
+    spread = high - low
+    # A spread beyond the largest float is divided before it is doubled.
+    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high * 0.5 - low * 0.5, levels))
+    scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
 
 
-def _straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
-    if _needs_grad(grad_output):
-        return _apply(_StraightThrough, grad_output, mask, memory_format)
-    grad_input: Tensor = _operators().straight_through(grad_output, mask, memory_format)
-    return grad_input
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The masked gradient, itself differentiable: it is linear, and its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.memory_format = memory_format
-        grad_input: Tensor = _operators().straight_through(grad_output, mask, memory_format)
-        return grad_input
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None
-
-
-class _Masked(torch.autograd.Function):
-    """Runs a raw quantizer, in place or not, whose gradient is the incoming one under the mask it returns.
-
-    ``arguments`` are those of the raw operator after the input, as one tuple: apply takes its time for each.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-        if inplace:
-            output, mask = input, _operators().masked[name][1](input, *arguments)
-            ctx.mark_dirty(input)
-        else:
-            output, mask = _operators().masked[name][0](input, *arguments)
-        ctx.save_for_backward(mask)
-        ctx.memory_format = memory_format_index(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        return _straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
-
-
-def _masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-    if _needs_grad(input):
-        return _apply(_Masked, input, name, inplace, arguments)
-    if inplace:
-        _operators().masked[name][1](input, *arguments)
-        return input
-    output: Tensor = _operators().masked[name][0](input, *arguments)[0]
-    return output
+def _operator_bounds(bounds: Bounds | None) -> tuple[float | None, float | None]:
+    """As operators take them: a bound that is infinite is None."""
+    if bounds is None:
+        return None, None
+    low, high = bounds
+    return None if low == -math.inf else low, None if high == math.inf else high
 
 
 def _as_tensor(argument: str, value: Tensor | float, dtype: torch.dtype, input: Tensor) -> Tensor:
@@ -207,7 +138,7 @@ def _check_number(argument: str, value: object) -> None:
     number = int if argument == "zero_point" else (int, float)
     if isinstance(value, bool) or not isinstance(value, number):
         kind = "an int or a tensor" if argument == "zero_point" else "a positive finite number or a tensor"
-        fail("fake_quantize", argument, kind, repr(value))
+        fail("fake_quantize", argument, kind, repr(value), TypeError)
 
 
 def fake_quantize(
@@ -245,63 +176,50 @@ def fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
-    tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
-    if tensors and axis is None and bounds is None:
-        if inplace or _needs_grad(input):
-            return _masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
-        per_tensor = (_TRACED if _tracing() else _EAGER).per_tensor
-        output: Tensor = per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
-        return output
-    low, high = bounds or _NO_BOUNDS
-    if tensors:
-        return _masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
-    if isinstance(scale, Tensor) or isinstance(zero_point, Tensor) or axis is not None:
+    if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+        if axis is None and bounds is None:
+            plain = not (inplace or input.requires_grad or scale.requires_grad or _tracing())
+            # composing(), without the call, which costs a sixtieth of the operator
+            if plain and not (
+                _functorch_active() or _forward._current_level >= 0 or _jit._trace_module_map is not None
+            ):
+                output: Tensor = _per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
+                return output
+            return masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
+    elif axis is None and not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
+        _check_number("scale", scale)
+        _check_number("zero_point", zero_point)
+        low, high = _operator_bounds(bounds)
+        return masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
+    else:
         scale = _as_tensor("scale", scale, torch.float32, input)
         zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
-        return _masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
-    _check_number("scale", scale)
-    _check_number("zero_point", zero_point)
-    return _masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
+    low, high = _operator_bounds(bounds)
+    return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
 
-def observe_fake_quantize(
+def fake_quantize_in_range(
     input: Tensor,
-    range: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    step: Tensor,
+    observed_range: Tensor,
     quant_min: int,
     quant_max: int,
     *,
     symmetric: bool = False,
     axis: int | None = None,
-    momentum: float = 0.01,
-    quant_start_step: int = 0,
-    observe: bool = True,
-    advance_step: bool = True,
     bounds: Bounds | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Observes the input's range and fake-quantizes it, in one operator without host synchronisation.
+    """Fake-quantizes with the scale and zero point that follow from a range (:func:`qparams`). Pure.
 
-    With `observe`, the extrema of the (clamped) input enter the moving average `range`, from which `scale` and
-    `zero_point` follow; an observation that is not finite is ignored. Without it no buffer changes. A channel whose
-    range has not been observed, and every channel while ``step < quant_start_step``, passes unquantized (but clamped).
+    A channel whose range has seen nothing, (0, 0), or is not finite passes unquantized (but clamped by `bounds`).
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16.
-        range: float32 [2] or [2, channels], minimum and maximum; (+inf, -inf) until the first observation. Mutated.
-        scale: float32 [1] or [channels]. Mutated.
-        zero_point: int32 [1] or [channels]. Mutated.
-        step: int64, one element: the training steps so far. Mutated.
+        observed_range: float32 [2] or, with `axis`, [2, channels]: minimum and maximum.
         quant_min: lowest integer of the grid.
         quant_max: highest integer of the grid.
         symmetric: the zero point is fixed to the middle of the grid.
         axis: the channel dimension; None for per tensor.
-        momentum: weight of the current range in the moving average, in (0, 1]; 1 takes the current range alone.
-        quant_start_step: the step at which quantization begins; observation begins at once.
-        observe: update range, scale and zero point (training).
-        advance_step: add one to `step` afterwards.
         bounds: ``(low, high)`` of a clamp-type activation applied first.
         inplace: write the result into `input`.
 
@@ -313,10 +231,129 @@ def observe_fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    low, high = bounds or _NO_BOUNDS
-    state = (range, scale, zero_point, step, quant_min, quant_max)
-    options = (symmetric, axis, momentum, quant_start_step, observe, advance_step, low, high)
-    return _masked("observe_fake_quantize", input, inplace, state + options)
+    arguments = (observed_range, quant_min, quant_max, symmetric, axis, *_operator_bounds(bounds))
+    return masked("fake_quantize_in_range", input, inplace, arguments)
+
+
+def observe_fake_quantize(
+    input: Tensor,
+    active: Tensor,
+    pending: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    axis: int | None = None,
+    bounds: Bounds | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Fake-quantizes with the range `active` and widens `pending` by the input's extrema, in one pass over memory.
+
+    As :func:`fake_quantize_in_range`; the extrema are those of the (clamped) input, and NaN propagates into them.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16.
+        active: float32 [2] or, with `axis`, [2, channels]: the range that this step quantizes with.
+        pending: float32, of the shape of `active`: this step's extrema so far, (inf, -inf) for none. Mutated.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        symmetric: the zero point is fixed to the middle of the grid.
+        axis: the channel dimension; None for per tensor.
+        bounds: ``(low, high)`` of a clamp-type activation applied first.
+        inplace: write the result into `input`.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
+    """
+    arguments = (active, pending, quant_min, quant_max, symmetric, axis, *_operator_bounds(bounds))
+    return masked("observe_fake_quantize", input, inplace, arguments)
+
+
+def fake_quantize_current(
+    input: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    axis: int | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """Fake-quantizes with the input's own range. Pure: there is no state to grow old.
+
+    A channel of zeros, or one whose extrema are not finite, passes unquantized.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        symmetric: the zero point is fixed to the middle of the grid.
+        axis: the dimension with a range per index; None for one range.
+        active: float32 [2]: while it is (0, 0) the input passes unquantized, which is decided on its device.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
+    """
+    return masked("fake_quantize_current", input, False, (active, quant_min, quant_max, symmetric, axis))
+
+
+def begin_step(
+    ranges: Sequence[Tensor],
+    active: Sequence[Tensor],
+    pending: Sequence[Tensor],
+    step: Tensor,
+    quant_start_steps: Sequence[int],
+) -> None:
+    """Begins a step for the ranges of any number of quantizers, in one call that waits for nothing.
+
+    Under torch.compile it does nothing where the compiled graph runs in a backward (activation checkpointing).
+
+    For quantizer i, ``active[i] = ranges[i]``, or (0, 0) while ``step < quant_start_steps[i]``; pending[i] is emptied.
+
+    Args:
+        ranges: each float32 [2] or [2, channels], contiguous.
+        active: as `ranges`: what the step quantizes with. Mutated.
+        pending: as `ranges`: the step's extrema. Mutated.
+        step: int64, one element: the steps so far.
+        quant_start_steps: for each quantizer the step at which quantization begins.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+    """
+    begin = _raw.begin_step.in_forward if _tracing() else _raw.begin_step.default
+    begin(list(ranges), list(active), list(pending), step, quant_start_steps)
+    bump_versions([*active, *pending])
+
+
+def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
+    """Ends a step: every quantizer's extrema enter its moving average, and the step is counted.
+
+    ``range += momentum * (pending - range)``, rounded to float32 after every operation. A range that has seen nothing
+    takes `pending` itself; a pending pair that is not finite is dropped.
+
+    Args:
+        ranges: each float32 [2] or [2, channels], contiguous. Mutated.
+        pending: as `ranges`: the step's extrema.
+        momenta: for each quantizer the weight of the step, in (0, 1]; 1 takes the step alone.
+        step: int64, one element: the steps so far. Mutated.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
+    """
+    end = _raw.end_step.in_forward if _tracing() else _raw.end_step.default
+    end(list(ranges), list(pending), momenta, step)
+    bump_versions([*ranges, step])
 
 
 def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -331,36 +368,6 @@ def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """
     minimum, maximum = _raw.min_max(input.detach(), axis)
     return minimum, maximum
-
-
-class _DoReFaWeight(torch.autograd.Function):
-    """DoReFa weights of two bits and more: the exact derivative with rint replaced by the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
-        output: Tensor
-        output, statistic = _raw.dorefa_weight(weight, bits)
-        ctx.save_for_backward(weight, statistic)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        weight, statistic = ctx.saved_tensors
-        return _raw.dorefa_weight_backward(grad_outputs[0], weight, statistic), None
-
-
-class _DoReFaSign(torch.autograd.Function):
-    """DoReFa weights of one bit: sign times mean magnitude; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        output: Tensor = _raw.dorefa_weight(weight, 1)[0]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0]
 
 
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
@@ -384,12 +391,7 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     """
     if bits == 32:
         return weight
-    if not _needs_grad(weight):
-        output: Tensor = _raw.dorefa_weight(weight, bits)[0]
-        return output
-    if bits == 1:
-        return _apply(_DoReFaSign, weight)
-    return _apply(_DoReFaWeight, weight, bits)
+    return _autograd.dorefa_weight(weight, bits)
 
 
 def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
@@ -409,28 +411,10 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
     """
     if bits == 32:
         return input
-    return _masked("dorefa_activation", input, inplace, (bits,))
+    return masked("dorefa_activation", input, inplace, (bits,))
 
 
-class _DoReFaGradient(torch.autograd.Function):
-    """The identity, whose gradient is quantized stochastically."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
-        ctx.rng_state = rng_state
-        ctx.bits = bits
-        if inplace:
-            ctx.mark_dirty(input)
-            return input
-        return input.view_as(input)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _raw.dorefa_gradient(grad_outputs[0], ctx.rng_state, ctx.bits), None, None, None
-
-
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0) -> Tensor:
     """Passes the input; quantizes the gradient that flows back to `bits` bits with stochastic rounding.
 
     Each sample (index of the first dimension) is scaled by its own largest magnitude m:
@@ -444,12 +428,13 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
         inplace: return `input` itself, as after an in-place operator, so that later in-place operators may write to it.
             Not for a leaf, nor where the operator that made `input` keeps it for its own backward. Otherwise the result
             is a view, which torch forbids to be written to.
+        stream: which of the seed's independent streams of noise is drawn from, such as the rank of the process.
 
     Returns:
         `input`, or a view of it. Nothing is copied.
 
     Source: Zhou et al. 2016, arXiv 1606.06160, equation 12.
     """
-    if bits == 32 or not _needs_grad(input):
+    if bits == 32:
         return input
-    return _apply(_DoReFaGradient, input, rng_state, bits, inplace)
+    return _autograd.dorefa_gradient(input, rng_state, bits, stream, inplace)

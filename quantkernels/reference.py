@@ -7,18 +7,23 @@ are computed in float32 and rounded once at the end; float64 is computed in floa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkernels.functional import Bounds, qparams, quant_range
+from quantkernels.functional import Bounds, _divide, qparams, quant_range
 
 __all__ = [
+    "begin_step",
     "dorefa_activation",
     "dorefa_gradient",
     "dorefa_weight",
+    "end_step",
     "fake_quantize",
+    "fake_quantize_current",
+    "fake_quantize_in_range",
     "min_max",
     "observe_fake_quantize",
     "philox4x32",
@@ -80,7 +85,8 @@ def _quantize(
     scale = _per_channel(scale, input, axis).to(x.dtype)
     zero_point = _per_channel(zero_point, input, axis).to(x.dtype)
     q = torch.round(clamped / scale) + zero_point
-    y = (q.clamp(quant_min, quant_max) - zero_point) * scale
+    largest = torch.finfo(input.dtype).max
+    y = ((q.clamp(quant_min, quant_max) - zero_point) * scale).clamp(-largest, largest)
     inside = (low < x) & (x < high)
     return clamped, y, inside, inside & (quant_min <= q) & (q <= quant_max)
 
@@ -110,56 +116,107 @@ def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     return rows.amin(1), rows.amax(1)
 
 
-def _update_range(range: Tensor, minimum: Tensor, maximum: Tensor, momentum: float) -> None:
-    current = torch.stack((minimum, maximum)).to(torch.float32) + 0.0  # -0 becomes +0
-    current = current.reshape(range.shape)
-    observed = range[0] <= range[1]
-    average = range + torch.tensor(momentum, dtype=torch.float32, device=range.device) * (current - range)
-    updated = torch.where(observed, average, current) if momentum != 1 else current
-    finite = torch.isfinite(current[0]) & torch.isfinite(current[1])
-    range.copy_(torch.where(finite, updated, range))
-
-
-def observe_fake_quantize(
+def _quantize_in_range(
     input: Tensor,
-    range: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    step: Tensor,
+    observed_range: Tensor,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    axis: int | None,
+    bounds: Bounds | None,
+    inplace: bool,
+) -> Tensor:
+    low, high = observed_range[0].reshape(-1), observed_range[1].reshape(-1)
+    has_grid = torch.isfinite(low) & torch.isfinite(high) & ((low != 0) | (high != 0))
+    scale, zero_point = qparams(low, high, quant_min, quant_max, symmetric)
+    clamped, y, inside, passes = _quantize(input, scale, zero_point, quant_min, quant_max, axis, bounds)
+    has_grid = _per_channel(has_grid, input, axis)
+    output, mask = torch.where(has_grid, y, clamped), torch.where(has_grid, passes, inside)
+    return _straight_through(input, output, mask, inplace)
+
+
+def fake_quantize_in_range(
+    input: Tensor,
+    observed_range: Tensor,
     quant_min: int,
     quant_max: int,
     *,
     symmetric: bool = False,
     axis: int | None = None,
-    momentum: float = 0.01,
-    quant_start_step: int = 0,
-    observe: bool = True,
-    advance_step: bool = True,
+    bounds: Bounds | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """See :func:`quantkernels.functional.fake_quantize_in_range`."""
+    return _quantize_in_range(input, observed_range, quant_min, quant_max, symmetric, axis, bounds, inplace)
+
+
+def observe_fake_quantize(
+    input: Tensor,
+    active: Tensor,
+    pending: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    axis: int | None = None,
     bounds: Bounds | None = None,
     inplace: bool = False,
 ) -> Tensor:
     """See :func:`quantkernels.functional.observe_fake_quantize`."""
-    x = _widen(input.detach())
-    low, high = bounds or (-math.inf, math.inf)
-    if observe and x.numel() > 0:
-        minimum, maximum = min_max(x.clamp(low, high), axis)
-        _update_range(range, minimum, maximum, momentum)
-    observed = (range[0] <= range[1]).reshape(-1)
-    if observe:
-        new_scale, new_zero_point = qparams(range[0].reshape(-1), range[1].reshape(-1), quant_min, quant_max, symmetric)
-        scale.copy_(torch.where(observed, new_scale, scale))
-        zero_point.copy_(torch.where(observed, new_zero_point, zero_point))
-    clamped, y, inside, passes = _quantize(input, scale, zero_point, quant_min, quant_max, axis, bounds)
-    active = _per_channel(observed, input, axis) & (step >= quant_start_step)
-    output = _straight_through(input, torch.where(active, y, clamped), torch.where(active, passes, inside), inplace)
-    if advance_step:
-        step.add_(1)
-    return output
+    if input.numel() > 0:
+        clamped = _widen(input.detach()).clamp(*(bounds or (-math.inf, math.inf)))
+        minimum, maximum = (extremum.float().reshape(pending.shape[1:]) + 0.0 for extremum in min_max(clamped, axis))
+        pending.copy_(torch.stack((torch.minimum(pending[0], minimum), torch.maximum(pending[1], maximum))))
+    return _quantize_in_range(input, active, quant_min, quant_max, symmetric, axis, bounds, inplace)
+
+
+def fake_quantize_current(
+    input: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    axis: int | None = None,
+    active: Tensor | None = None,
+) -> Tensor:
+    """See :func:`quantkernels.functional.fake_quantize_current`."""
+    channels = 1 if axis is None else input.shape[axis]
+    if input.numel() == 0 or (active is not None and not active.any()):
+        current = torch.zeros((2, channels), device=input.device)
+    else:
+        current = torch.stack(min_max(_widen(input), axis)).float()
+    return _quantize_in_range(input, current, quant_min, quant_max, symmetric, axis, None, False)
+
+
+def begin_step(
+    ranges: Sequence[Tensor],
+    active: Sequence[Tensor],
+    pending: Sequence[Tensor],
+    step: Tensor,
+    quant_start_steps: Sequence[int],
+) -> None:
+    """See :func:`quantkernels.functional.begin_step`."""
+    for known, current, extrema, start in zip(ranges, active, pending, quant_start_steps, strict=True):
+        current.copy_(torch.where(step >= start, known, 0.0))
+        extrema[0] = math.inf
+        extrema[1] = -math.inf
+
+
+def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
+    """See :func:`quantkernels.functional.end_step`."""
+    for known, extrema, momentum in zip(ranges, pending, momenta, strict=True):
+        weight = torch.tensor(momentum, dtype=torch.float32, device=known.device)
+        average = known + weight * (extrema - known)
+        average = torch.where(torch.isfinite(average).all(0), average, known)
+        first = (known == 0).all(0) | ~torch.isfinite(known).all(0) | (weight == 1)
+        folded = torch.where(first, extrema, average)
+        known.copy_(torch.where(torch.isfinite(extrema).all(0), folded, known))
+    step.add_(1)
 
 
 def _round_to_levels(r: Tensor, levels: int) -> Tensor:
     """quantize_k of the paper, straight-through."""
-    rounded = torch.round(r.detach() * levels) / levels
+    rounded = _divide(torch.round(r.detach() * levels), levels)
     return _apply(_StraightThrough, r, rounded, torch.ones_like(r, dtype=torch.bool))
 
 
@@ -192,7 +249,8 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     largest = t.abs().amax()
     normalised = t / torch.where(largest == 0, 1.0, 2 * largest) + 0.5
     normalised = torch.where(largest == 0, normalised.detach(), normalised)
-    return (2 * _round_to_levels(normalised, 2**bits - 1) - 1).to(weight.dtype)
+    quantized = 2 * _round_to_levels(normalised, 2**bits - 1) - 1
+    return torch.where(largest == 0, 0 * t, quantized).to(weight.dtype)
 
 
 def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
@@ -201,13 +259,14 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
         return input
     x = _widen(input.detach())
     levels = 2**bits - 1
-    y = torch.round(x.clamp(0, 1) * levels) / levels
+    y = _divide(torch.round(x.clamp(0, 1) * levels), levels)
     return _straight_through(input, y, (x >= 0) & (x <= 1), inplace)
 
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_STREAMS = 0x9E3779B97F4A7C15  # between the keys of two streams of one seed: 2^64 over the golden ratio
 
 
 def _multiply_words(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +299,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return [c0, c1, c2, c3]
 
 
-def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """The uniform noise in [-1/2, 1/2) of the gradient quantizer, float64 [numel], exact in float32.
 
     Element i takes word i % 4 of counter (i / 4, step), each 64 bits, low word first.
@@ -248,33 +307,36 @@ def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | st
     block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
     step_words = [torch.full_like(block, step & _WORD), torch.full_like(block, (step >> 32) & _WORD)]
     counter = (block & _WORD, block >> 32, step_words[0], step_words[1])
-    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    key = seed + stream * _STREAMS
+    words = philox4x32(counter, (key & _WORD, (key >> 32) & _WORD))
     return ((torch.stack(words, 1).reshape(-1)[:numel] >> 8).double() * 2.0**-24) - 0.5
 
 
 class _QuantizeGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
         ctx.rng_state = rng_state
+        ctx.stream = stream
         ctx.bits = bits
         return input.view_as(input)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         seed, step = ctx.rng_state.tolist()
         g = _widen(grad_outputs[0])
         levels = 2**ctx.bits - 1
-        noise = stochastic_noise(g.numel(), seed, step, g.device).reshape(g.shape).to(g.dtype) / levels
+        noise = stochastic_noise(g.numel(), seed, step, g.device, ctx.stream).reshape(g.shape).to(g.dtype)
+        noise = _divide(noise, levels)
         axes = list(range(1, g.dim()))
         largest = g.abs().amax(axes, keepdim=True) if axes and g.numel() > 0 else g.abs()
         r = (g / (2 * largest) + 0.5 + noise).clamp(0, 1)
-        quantized = 2 * largest * (torch.round(r * levels) / levels - 0.5)
+        quantized = 2 * largest * (_divide(torch.round(r * levels), levels) - 0.5)
         ctx.rng_state[1] += 1
-        return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None
+        return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None, None
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0) -> Tensor:
     """See :func:`quantkernels.functional.dorefa_gradient`; the result is a view with `inplace` too."""
     if bits == 32:
         return input
-    return _apply(_QuantizeGradient, input, rng_state, bits)
+    return _apply(_QuantizeGradient, input, rng_state, bits, stream)

@@ -108,6 +108,13 @@ def test_fake_quantize_per_channel_with_mixed_modes() -> None:
         assert_matches_reference("fake_quantize", cases.sample(shape, torch.float32), scale, zero_point, 0, 255, axis)
 
 
+def test_a_zero_point_outside_the_grid_raises() -> None:
+    x = torch.randn(20, 3)
+    for zero_point in ([3, 16, 3], [-1, 3, 3]):
+        with pytest.raises(RuntimeError, match=r"`zero_point` to be from quant_min = 0 to quant_max = 15, but got"):
+            functional.fake_quantize(x, torch.ones(3), torch.tensor(zero_point, dtype=torch.int32), 0, 15, 1)
+
+
 @pytest.mark.parametrize("scale", [0.1, 0.0123456, 1 / 3, 0.7, 3.14159e-5, 123.456])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fake_quantize_next_to_ties(scale: float, dtype: torch.dtype) -> None:
@@ -215,32 +222,43 @@ def test_double_backward_is_the_mask_again() -> None:
     assert_same_bits(grad_w, mask.double())
 
 
-def observer_state(channels: int | None) -> dict[str, Tensor]:
-    shape = (2,) if channels is None else (2, channels)
-    n = channels or 1
-    return {
-        "range": torch.stack((torch.full(shape[1:], math.inf), torch.full(shape[1:], -math.inf))),
-        "scale": torch.ones(n),
-        "zero_point": torch.zeros(n, dtype=torch.int32),
-        "step": torch.zeros((), dtype=torch.int64),
-    }
+def empty_pending(channels: int | None) -> Tensor:
+    rest = () if channels is None else (channels,)
+    return torch.stack((torch.full(rest, math.inf), torch.full(rest, -math.inf)))
 
 
-def observe_twins(steps: list[Tensor], channels: int | None, **kwargs: Any) -> None:
-    """The same sequence of inputs through kernel and reference: outputs, gradients and every buffer stay equal."""
-    states = [observer_state(channels), observer_state(channels)]
-    for number, x in enumerate(steps):
-        outputs = []
-        for module, state in zip((functional, reference), states, strict=True):
-            leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-            y = module.observe_fake_quantize(leaf, *state.values(), 0, 255, **kwargs)
-            y.backward(torch.ones_like(y))
-            assert leaf.grad is not None
-            outputs.append((y.detach(), leaf.grad))
-        for actual, expected in zip(*outputs, strict=True):
-            assert_same_bits(actual, expected)
-        for key in states[0]:
-            assert torch.equal(states[0][key], states[1][key]), f"{key} after step {number}"
+def run_observed(name: str, x: Tensor, active: Tensor, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Output, input gradient and, of the observed operator, pending extrema: of the kernel and of the reference."""
+    results = []
+    for module in (functional, reference):
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        pending = empty_pending(None if active.dim() == 1 else active.shape[1])
+        ranges = (active, pending) if name == "observe_fake_quantize" else (active,)
+        y = getattr(module, name)(leaf, *ranges, 0, 255, **kwargs)
+        y.backward(torch.ones_like(y))
+        assert leaf.grad is not None
+        results.append([y.detach(), leaf.grad, pending])
+    return results[0], results[1]
+
+
+def observe_twins(steps: list[Tensor], channels: int | None, momentum: float = 0.01, **kwargs: Any) -> None:
+    """The same steps through kernel and reference: outputs, gradients, extrema and ranges stay equal."""
+    known = torch.zeros_like(empty_pending(channels))
+    step = torch.tensor(0)
+    active, pending = torch.empty_like(known), torch.empty_like(known)
+    for x in steps:
+        functional.begin_step([known], [active], [pending], step, [1])
+        actual, expected = run_observed("observe_fake_quantize", x, active, **kwargs)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+        assert not torch.signbit(actual[2][actual[2] == 0]).any()
+        functional.observe_fake_quantize(x, active, pending, 0, 255, **kwargs)
+        assert_same_bits(pending, actual[2])
+        twin, twin_step = known.clone(), step.clone()
+        functional.end_step([known], [pending], [momentum], step)
+        reference.end_step([twin], [pending], [momentum], twin_step)
+        assert_same_bits(known, twin)
+        assert torch.equal(step, twin_step)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -254,12 +272,11 @@ def test_observe_sequences(dtype: torch.dtype, symmetric: bool, bounds: Any) -> 
     steps.append(torch.empty(0, dtype=dtype))
     steps.append(torch.zeros(7, dtype=dtype))
     steps.append(cases.sample((100_000,), dtype))
-    for start in (0, 3):
-        observe_twins(steps, None, symmetric=symmetric, bounds=bounds, quant_start_step=start)
+    observe_twins(steps, None, symmetric=symmetric, bounds=bounds)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), cases.CHANNEL_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [*cases.CHANNEL_SHAPES, *MANY_CHANNELS], ids=str)
 def test_observe_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     for memory_format in cases.channels_last_variants(shape):
         steps = [
@@ -267,22 +284,200 @@ def test_observe_per_channel(shape: tuple[int, ...], axis: int, dtype: torch.dty
             for s in range(3)
         ]
         steps[0].select(axis, 0).fill_(math.nan)  # a channel whose range stays unknown for a step
+        steps[0].select(axis, -1).fill_(0.0)  # and one of zeros
         observe_twins(steps, shape[axis], axis=axis, momentum=0.1)
-        observe_twins(steps, shape[axis], axis=axis, momentum=1.0, quant_start_step=1, symmetric=True)
+        observe_twins(steps, shape[axis], axis=axis, momentum=1.0, symmetric=True, bounds=(0.0, math.inf))
 
 
-def test_observe_leaves_buffers_alone_in_evaluation() -> None:
-    state = observer_state(None)
-    functional.observe_fake_quantize(torch.randn(100), *state.values(), 0, 255)
-    before = {key: value.clone() for key, value in state.items()}
-    functional.observe_fake_quantize(torch.randn(100) * 9, *state.values(), 0, 255, observe=False, advance_step=False)
-    assert all(torch.equal(before[key], state[key]) for key in state)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+def test_observe_layouts(layout: cases.Layout, dtype: torch.dtype) -> None:
+    x = layout.make(dtype)
+    for values in (x, x.nan_to_num(0.1, 5.0, -5.0)):
+        for active in (torch.tensor([-1.0, 2.0]), torch.zeros(2)):
+            for actual, expected in zip(*run_observed("observe_fake_quantize", values, active), strict=True):
+                assert_same_bits(actual, expected)
 
 
-def test_unobserved_evaluation_passes_the_input() -> None:
-    x = torch.randn(100)
-    y = functional.observe_fake_quantize(x, *observer_state(None).values(), 0, 255, observe=False, advance_step=False)
-    assert torch.equal(x, y)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("size", cases.SIZES)
+def test_observe_sizes(size: int, dtype: torch.dtype) -> None:
+    """Numbers on one side of zero only: nothing but the input's elements may be observed."""
+    for sign in (1.0, -1.0):
+        x = sign * (cases.sample(size, dtype).nan_to_num(0.1, 5.0, -5.0).abs() + 1)
+        active = torch.tensor([-4.0, 4.0])
+        actual, expected = run_observed("observe_fake_quantize", x, active)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("position", [0, 15, 16, 40, 511, 999])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_observe_finds_a_nan_anywhere(position: int, axis: int | None, dtype: torch.dtype) -> None:
+    """In every mode of the loop: a moderate grid, one that divides, and none."""
+    for nan in (math.nan, -math.nan):
+        x = torch.randn(1000).to(dtype)
+        x[position] = nan
+        for scale in (1.0, 2.0**100, 0.0):
+            pending = empty_pending(None if axis is None else 2)
+            active = torch.tensor([-1.0, 1.0]) * scale
+            if axis is not None:
+                active = active[:, None].expand(2, 2)
+            functional.observe_fake_quantize(x.view(-1, 2), active, pending, 0, 255, axis=axis)
+            expected = [True] if axis is None else [position % 2 == 0, position % 2 == 1]
+            for extremum in pending:
+                assert extremum.isnan().reshape(-1).tolist() == expected
+            functional.observe_fake_quantize(torch.ones(4, 2, dtype=dtype), active, pending, 0, 255, axis=axis)
+            for extremum in pending:  # a NaN stays
+                assert extremum.isnan().reshape(-1).tolist() == expected
+
+
+def test_observe_widens_what_is_pending() -> None:
+    pending = torch.tensor([-1.0, 1.0])
+    active = torch.tensor([-2.0, 2.0])
+    for values in ([0.5, 3.0], [-0.5], []):
+        functional.observe_fake_quantize(torch.tensor(values), active, pending, 0, 255)
+    assert pending.tolist() == [-1.0, 3.0]
+    assert active.tolist() == [-2.0, 2.0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_observe_in_place(inplace: bool) -> None:
+    active, pending = torch.tensor([-1.0, 1.0]), empty_pending(None)
+    x = cases.sample((1000,), torch.float32).nan_to_num(0.1, 5.0, -5.0)
+    other = x.clone()
+    y = functional.observe_fake_quantize(other, active, pending, 0, 255, bounds=(0.0, math.inf), inplace=inplace)
+    assert (y is other) == inplace
+    assert_same_bits(y, reference.fake_quantize_in_range(x, active, 0, 255, bounds=(0.0, math.inf)))
+    assert pending.tolist() == [0.0, x.max().item()]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [*cases.CHANNEL_SHAPES, ((70_001,), None)], ids=str)
+def test_fake_quantize_in_range(shape: tuple[int, ...], axis: int | None, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rest = () if axis is None else (shape[axis],)
+    active = torch.stack((torch.rand(rest, generator=generator) - 2, torch.rand(rest, generator=generator) + 1))
+    if axis is not None:
+        active[:, 0] = 0.0
+        active[:, -1] = torch.tensor([0.5, 2.0])
+    for bounds in (None, (0.0, 1.0)):
+        for symmetric in (False, True):
+            kwargs: dict[str, Any] = {"symmetric": symmetric, "axis": axis, "bounds": bounds}
+            x = cases.sample(shape, dtype)
+            for actual, expected in zip(*run_observed("fake_quantize_in_range", x, active, **kwargs), strict=True):
+                assert_same_bits(actual, expected)
+            expected = functional.fake_quantize_in_range(x, active, 0, 255, **kwargs)
+            assert_same_bits(functional.fake_quantize_in_range(x, active, 0, 255, inplace=True, **kwargs), expected)
+            assert_same_bits(x, expected)
+
+
+@pytest.mark.parametrize("active", [(0.0, 0.0), (math.nan, 1.0), (-1.0, math.inf), (math.inf, -math.inf)], ids=str)
+def test_a_range_without_a_grid_passes_the_clamped_input(active: tuple[float, float]) -> None:
+    x = torch.tensor([-1.0, 0.3, 7.0, math.nan, math.inf, -math.inf], requires_grad=True)
+    y = functional.fake_quantize_in_range(x, torch.tensor(active), 0, 255, bounds=(0.0, 6.0))
+    assert_same_bits(y.detach(), x.detach().clamp(0.0, 6.0))
+    y.nansum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("quant_max", [1, 3, 255, 65535])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_spread_that_overflows_gives_finite_results(symmetric: bool, quant_max: int, dtype: torch.dtype) -> None:
+    """Grids that end beyond the largest float32, float16 and bfloat16, per tensor and in the last dimension."""
+    if symmetric and quant_max == 1:
+        pytest.skip("no such grid")
+    largest = torch.finfo(torch.float32).max
+    finite = cases.sample((40, 6), dtype, spread=3e4).nan_to_num(0.1, 5.0, -5.0)
+    for end in (largest, 65504.0, 3e4):
+        for active in ((-end, end), (-end, 0.0), (-end / 3, end)):
+            known = torch.tensor(active)
+            for axis in (None, 1):
+                channels = known if axis is None else known[:, None].expand(2, 6)
+                kwargs: dict[str, Any] = {"symmetric": symmetric, "axis": axis}
+                results = []
+                for module in (functional, reference):
+                    leaf = finite.clone().requires_grad_()
+                    y = module.fake_quantize_in_range(leaf, channels, 0, quant_max, **kwargs)
+                    y.sum().backward()
+                    results.append((y.detach(), leaf.grad))
+                for a, e in zip(*results, strict=True):
+                    assert_same_bits(a, e)
+                assert results[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("shape", "axis"), [*cases.CHANNEL_SHAPES, ((70_001,), None), ((0, 3), 1)], ids=str)
+def test_fake_quantize_current(shape: tuple[int, ...], axis: int | None, symmetric: bool, dtype: torch.dtype) -> None:
+    for memory_format in cases.channels_last_variants(shape):
+        x = cases.sample(shape, dtype).contiguous(memory_format=memory_format)
+        clean = x.nan_to_num(0.5, 2.0, -2.0)
+        if axis is not None:
+            clean.select(axis, 0).fill_(0.0)
+        for values in (x, clean):
+            for active in (None, torch.zeros(2), torch.tensor([-1.0, 0.0])):
+                assert_matches_reference(
+                    "fake_quantize_current", values, -127, 127, symmetric=symmetric, axis=axis, active=active
+                )
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+def test_fake_quantize_current_layouts(layout: cases.Layout) -> None:
+    x = layout.make(torch.float32).nan_to_num(0.5, 2.0, -2.0)
+    before = x.clone()
+    assert_matches_reference("fake_quantize_current", x, 0, 15)
+    assert_same_bits(x, before)
+
+
+def test_steps_of_many_quantizers() -> None:
+    """Delay, the first fold, the average, what is dropped: known answers, per tensor and per channel."""
+    ranges = [torch.zeros(2), torch.tensor([[-1.0, 0.0, -2.0], [1.0, 0.0, 2.0]]), torch.tensor([-1.0, 1.0])]
+    active = [torch.full_like(known, 7.0) for known in ranges]
+    pending = [torch.full_like(known, 7.0) for known in ranges]
+    step = torch.tensor([3])
+    functional.begin_step(ranges, active, pending, step, [0, 3, 4])
+    assert [a.tolist() for a in active] == [ranges[0].tolist(), ranges[1].tolist(), [0.0, 0.0]]
+    for extrema in pending:
+        assert (extrema[0] == math.inf).all()
+        assert (extrema[1] == -math.inf).all()
+    pending[0].copy_(torch.tensor([0.5, 2.0]))
+    pending[1].copy_(torch.tensor([[-3.0, -4.0, math.nan], [1.0, 4.0, math.nan]]))
+    functional.end_step(ranges, pending, [0.5, 0.25, 1.0], step)
+    assert ranges[0].tolist() == [0.5, 2.0]
+    assert ranges[1].tolist() == [[-1.5, -4.0, -2.0], [1.0, 4.0, 2.0]]
+    assert ranges[2].tolist() == [-1.0, 1.0]
+    assert step.tolist() == [4]
+    functional.begin_step([], [], [], step, [])
+    functional.end_step([], [], [], step)
+    assert step.tolist() == [5]
+
+
+def test_a_fold_is_rounded_after_every_operation_and_finite() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for momentum in (0.01, 0.3, 1.0):
+        known = torch.randn(2, 500, generator=generator)
+        extrema = torch.randn(2, 500, generator=generator) * torch.exp2(torch.arange(500) - 250.0).clamp(max=2.0**120)
+        known[:, 7] = torch.finfo(torch.float32).max
+        extrema[:, 7] = -torch.finfo(torch.float32).max
+        twins = [known.clone(), known.clone()]
+        for module, twin in zip((functional, reference), twins, strict=True):
+            module.end_step([twin], [extrema], [momentum], torch.tensor(0))
+        assert torch.equal(*twins)
+        assert twins[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_observed_results_too_large_for_a_cache(dtype: torch.dtype) -> None:
+    x = cases.sample((2**25 // dtype.itemsize // 96 + 1, 96), dtype).nan_to_num(1.0, 2.0, 3.0)
+    for axis in (None, 0, 1):
+        rest = () if axis is None else (x.shape[axis],)
+        active = torch.stack((torch.full(rest, -2.0), torch.full(rest, 3.0)))
+        for actual, expected in zip(*run_observed("observe_fake_quantize", x, active, axis=axis), strict=True):
+            assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -512,6 +707,9 @@ def test_results_do_not_depend_on_threads() -> None:
             outputs = [functional.fake_quantize(leaf, 0.01, 3, 0, 255), *functional.min_max(x)]
             outputs += [functional.dorefa_weight(leaf, k) for k in (1, 4)] + [functional.dorefa_activation(leaf, 4)]
             outputs.append(functional.dorefa_gradient(leaf, torch.tensor([1, 2]), 4))
+            outputs.append(functional.fake_quantize_current(leaf, -127, 127))
+            pending = empty_pending(None)
+            outputs += [functional.observe_fake_quantize(leaf, torch.tensor([-1.0, 1.0]), pending, 0, 255), pending]
             sum((o * w).sum() for o in outputs if o.requires_grad).backward()
             assert leaf.grad is not None
             results.append([*outputs, leaf.grad])

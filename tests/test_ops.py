@@ -17,41 +17,50 @@ ops: Any = torch.ops.quantkernels
 INF = math.inf
 
 
-def state(channels: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = channels or 1
+def ranges(channels: int | None = None) -> tuple[Tensor, Tensor]:
+    """Active range and empty pending extrema."""
     rest = () if channels is None else (channels,)
-    extremes = torch.stack((torch.full(rest, INF), torch.full(rest, -INF)))
-    return extremes, torch.ones(n), torch.zeros(n, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
+    active = torch.stack((torch.full(rest, -1.0), torch.full(rest, 2.0)))
+    return active, torch.stack((torch.full(rest, INF), torch.full(rest, -INF)))
 
 
 def scale_of(n: int = 1) -> tuple[Tensor, Tensor]:
     return torch.full((n,), 0.1), torch.zeros(n, dtype=torch.int32)
 
 
-OBSERVE = (0, 255, False, None, 0.01, 0, True, True, -INF, INF)
+IN_RANGE = (0, 255, False, None, None, None)
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "fake_quantize": lambda: (torch.randn(5, 7), *scale_of(), -8, 7, None, -INF, INF),
+    "fake_quantize": lambda: (torch.randn(5, 7), *scale_of(), -8, 7, None, None, None),
     "fake_quantize per channel": lambda: (torch.randn(5, 7), *scale_of(7), -8, 7, -1, 0.0, 6.0),
     "fake_quantize channels_last": lambda: (
         torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         *scale_of(),
-        *(-8, 7, None, -INF, INF),
+        *(-8, 7, None, None, None),
     ),
-    "fake_quantize transposed": lambda: (torch.randn(5, 7).t(), *scale_of(), -8, 7, None, -INF, INF),
-    "fake_quantize half": lambda: (torch.randn(5, 7).half(), *scale_of(), -8, 7, None, -INF, INF),
-    "fake_quantize_": lambda: (torch.randn(5, 7), *scale_of(), -8, 7, None, 0.0, INF),
+    "fake_quantize transposed": lambda: (torch.randn(5, 7).t(), *scale_of(), -8, 7, None, None, None),
+    "fake_quantize half": lambda: (torch.randn(5, 7).half(), *scale_of(), -8, 7, None, None, None),
+    "fake_quantize_": lambda: (torch.randn(5, 7), *scale_of(), -8, 7, None, 0.0, None),
     "fake_quantize.per_tensor": lambda: (torch.randn(5, 7), *scale_of(), -8, 7),
     "fake_quantize_.per_tensor": lambda: (torch.randn(5, 7), *scale_of(), -8, 7),
-    "fake_quantize.number": lambda: (torch.randn(5, 7), 0.1, 3, -8, 7, -INF, INF),
+    "fake_quantize.number": lambda: (torch.randn(5, 7), 0.1, 3, -8, 7, None, None),
     "fake_quantize_.number": lambda: (torch.randn(5, 7), 0.1, 3, -8, 7, 0.0, 6.0),
-    "observe_fake_quantize": lambda: (torch.randn(5, 7), *state(), *OBSERVE),
-    "observe_fake_quantize per channel": lambda: (
-        torch.randn(5, 7),
-        *state(5),
-        *(0, 255, True, 0, 1.0, 3, True, True, -INF, INF),
+    "fake_quantize_in_range": lambda: (torch.randn(5, 7), ranges()[0], *IN_RANGE),
+    "fake_quantize_in_range per channel": lambda: (torch.randn(5, 7), ranges(7)[0], -127, 127, True, 1, 0.0, 6.0),
+    "fake_quantize_in_range_": lambda: (torch.randn(5, 7), ranges()[0], *IN_RANGE),
+    "observe_fake_quantize": lambda: (torch.randn(5, 7), *ranges(), *IN_RANGE),
+    "observe_fake_quantize per channel": lambda: (torch.randn(5, 7), *ranges(5), 0, 255, True, 0, 0.0, None),
+    "observe_fake_quantize_": lambda: (torch.randn(5, 7), *ranges(), *IN_RANGE),
+    "fake_quantize_current": lambda: (torch.randn(5, 7), None, -127, 127, True, 0),
+    "fake_quantize_current delayed": lambda: (torch.randn(5, 7), torch.zeros(2), 0, 255, False, None),
+    "begin_step": lambda: (
+        [ranges()[0], ranges(3)[0]],
+        [ranges()[0], ranges(3)[0]],
+        [ranges()[1], ranges(3)[1]],
+        torch.tensor(3),
+        [0, 5],
     ),
-    "observe_fake_quantize_": lambda: (torch.randn(5, 7), *state(), *OBSERVE),
+    "end_step": lambda: ([ranges()[0], ranges(3)[0]], [ranges()[0], ranges(3)[1]], [0.01, 1.0], torch.tensor([3])),
     "straight_through": lambda: (torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8), 0),
     "straight_through channels_last": lambda: (
         torch.randn(2, 3, 4, 5),
@@ -64,8 +73,9 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "dorefa_weight_backward": lambda: (torch.randn(5, 7), torch.randn(5, 7), torch.ones(1)),
     "dorefa_activation": lambda: (torch.randn(5, 7), 3),
     "dorefa_activation_": lambda: (torch.randn(5, 7), 3),
-    "dorefa_gradient": lambda: (torch.randn(5, 7), torch.tensor([1, 2]), 3),
+    "dorefa_gradient": lambda: (torch.randn(5, 7), torch.tensor([1, 2]), 3, 1),
 }
+SAMPLES |= {f"{name}.in_forward": SAMPLES[name] for name in ("begin_step", "end_step")}
 
 
 def overload(sample: str) -> Any:
@@ -95,6 +105,7 @@ def misuse(sample: str, position: int, value: Callable[[], Any]) -> Callable[[],
 
 
 FLOATING = "float32, float64, float16 or bfloat16"
+ONE_RANGE = "of shape [2, 1] or, per tensor, [2]"
 FORMATS = "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)"
 ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
     ("fake_quantize", 0, lambda: torch.ones(3, dtype=torch.int32), f"`input` to be {FLOATING}", "int32"),
@@ -118,14 +129,29 @@ ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
     ("fake_quantize.number", 2, lambda: 8, "`zero_point` to be from quant_min = -8 to quant_max = 7", "8"),
     ("fake_quantize_.number", 4, lambda: -8, "`quant_max` to be from quant_min + 1 to 65535", "-8"),
     ("fake_quantize_", 0, lambda: torch.ones(3, dtype=torch.bool), f"`input` to be {FLOATING}", "bool"),
-    ("observe_fake_quantize", 1, lambda: torch.zeros(3), "`range` to be of shape [2, 1] or, per tensor, [2]", "[3]"),
-    ("observe_fake_quantize", 1, lambda: torch.zeros(2).half(), "`range` to be float32", "float16"),
-    ("observe_fake_quantize", 1, lambda: torch.zeros(4)[::2], "`range` to be contiguous", "other strides"),
-    ("observe_fake_quantize", 4, lambda: torch.zeros((), dtype=torch.int32), "`step` to be int64", "int32"),
-    ("observe_fake_quantize", 4, lambda: torch.zeros(2, dtype=torch.int64), "`step` to be of one element", "[2]"),
-    ("observe_fake_quantize", 9, lambda: 0.0, "`momentum` to be greater than 0 and at most 1", "0"),
-    ("observe_fake_quantize", 9, lambda: 1.5, "`momentum` to be greater than 0 and at most 1", "1.5"),
-    ("observe_fake_quantize", 10, lambda: -1, "`quant_start_step` to be 0 or more", "-1"),
+    ("fake_quantize_in_range", 1, lambda: torch.zeros(3), "`range` to be of shape [2, 1] or, per tensor, [2]", "[3]"),
+    ("fake_quantize_in_range", 1, lambda: torch.zeros(2).half(), "`range` to be float32", "float16"),
+    ("fake_quantize_in_range", 6, lambda: INF, "`low` to be less than high = inf", "inf"),
+    ("observe_fake_quantize", 1, lambda: torch.zeros(2, 5), f"`active` to be {ONE_RANGE}", "[2, 5]"),
+    ("observe_fake_quantize", 2, lambda: torch.zeros(2, 5), f"`pending` to be {ONE_RANGE}", "[2, 5]"),
+    ("observe_fake_quantize", 2, lambda: torch.zeros(2).double(), "`pending` to be float32", "float64"),
+    ("observe_fake_quantize", 2, lambda: torch.zeros(4)[::2], "`pending` to be contiguous", "other strides"),
+    ("observe_fake_quantize per channel", 4, lambda: 1, "`quant_max` to be at least 2 when symmetric", "1"),
+    ("observe_fake_quantize_", 6, lambda: 2, "`axis` to be an axis of `input` with 2 dimensions", "2"),
+    ("fake_quantize_current", 0, lambda: torch.ones(3).int(), f"`input` to be {FLOATING}", "int32"),
+    ("fake_quantize_current", 1, lambda: torch.zeros(2).half(), "`active` to be float32", "float16"),
+    ("fake_quantize_current", 1, lambda: torch.zeros(2, 7), f"`active` to be {ONE_RANGE}", "[2, 7]"),
+    ("fake_quantize_current", 3, lambda: 0, "`quant_max` to be at least 1 when symmetric", "0"),
+    ("begin_step", 0, lambda: [torch.zeros(2)], "`active` to be of 1 tensors", "2"),
+    ("begin_step", 1, lambda: [torch.zeros(2)] * 2, "`active[1]` to be of shape [2, 3]", "[2]"),
+    ("begin_step", 2, lambda: [torch.zeros(2), torch.zeros(3, 2).T], "`pending[1]` to be contiguous", "other strides"),
+    ("begin_step", 3, lambda: torch.zeros((), dtype=torch.int32), "`step` to be int64", "int32"),
+    ("begin_step", 4, lambda: [0], "`quant_start_steps` to be of 2 numbers", "1"),
+    ("end_step", 0, lambda: [torch.zeros(3)] * 2, "`ranges[0]` to be of shape [2] or [2, channels]", "[3]"),
+    ("end_step", 0, lambda: [torch.zeros(2).half()] * 2, "`ranges[0]` to be float32", "float16"),
+    ("end_step", 2, lambda: [0.5, 0.0], "`momenta[1]` to be greater than 0 and at most 1", "0"),
+    ("end_step", 2, lambda: [1.5, 0.0], "`momenta[0]` to be greater than 0 and at most 1", "1.5"),
+    ("end_step", 3, lambda: torch.zeros(2, dtype=torch.int64), "`step` to be of one element", "[2]"),
     ("straight_through", 1, lambda: torch.zeros(4, dtype=torch.uint8), "`mask` to be of shape [5]", "[4]"),
     ("straight_through", 1, lambda: torch.zeros(5), "`mask` to be uint8", "float32"),
     ("straight_through", 2, lambda: 1, f"`memory_format` to be {FORMATS}", "1 with 2 dimensions"),
@@ -149,9 +175,9 @@ def test_misuse_has_the_same_message_from_kernel_and_fake(
     arguments = misuse(sample, position, value)()
     with pytest.raises(RuntimeError) as kernel:
         overload(sample)(*arguments)
-    assert str(kernel.value) == f"{sample.partition('.')[0]}: expected {expected}, but got {actual}"
+    assert str(kernel.value) == f"{sample.partition(' ')[0].partition('.')[0]}: expected {expected}, but got {actual}"
     mode = FakeTensorMode()
-    fake_arguments = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+    fake_arguments = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
     with mode, pytest.raises(RuntimeError) as fake:
         overload(sample)(*fake_arguments)
     assert str(fake.value) == str(kernel.value)
@@ -159,49 +185,52 @@ def test_misuse_has_the_same_message_from_kernel_and_fake(
 
 def test_misuse_happens_before_any_work() -> None:
     x = torch.randn(5, 7)
-    extremes, scale, zero_point, step = state()
-    before = [t.clone() for t in (x, extremes, scale, zero_point, step)]
+    active, pending = ranges()
+    before = [t.clone() for t in (x, active, pending)]
     with pytest.raises(RuntimeError):
-        ops.observe_fake_quantize_(
-            x, extremes, scale, zero_point, step, 0, 255, False, None, 2.0, 0, True, True, 0.0, 6.0
-        )
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, extremes, scale, zero_point, step), strict=True))
+        ops.observe_fake_quantize_(x, active, pending, 0, 255, False, None, 6.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, active, pending), strict=True))
+    step = torch.tensor(3)
+    with pytest.raises(RuntimeError):
+        ops.end_step([active, active], [active, pending], [0.5, 0.0], step)
+    assert torch.equal(active, before[1])
+    assert step == 3
 
 
 @pytest.mark.parametrize("device", ["meta"])
 def test_devices_must_agree(device: str) -> None:
     with pytest.raises(RuntimeError, match="fake_quantize: expected `scale` to be on cpu, but got meta"):
-        ops.fake_quantize(torch.ones(3), torch.ones(1, device=device), scale_of()[1], 0, 255, None, -INF, INF)
+        ops.fake_quantize(torch.ones(3), torch.ones(1, device=device), scale_of()[1], 0, 255, None, None, None)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "expected", "actual"),
+    ("kwargs", "kind", "expected", "actual"),
     [
-        ({"scale": 0.0}, "`scale` to be a positive finite number or a tensor", "0"),
-        ({"scale": math.nan}, "`scale` to be a positive finite number or a tensor", "nan"),
-        ({"scale": "1"}, "`scale` to be a positive finite number or a tensor", "'1'"),
-        ({"zero_point": 0.5}, "`zero_point` to be an int or a tensor", "0.5"),
-        ({"zero_point": 300}, "`zero_point` to be from quant_min = 0 to quant_max = 255", "300"),
+        ({"scale": 0.0}, RuntimeError, "`scale` to be a positive finite number or a tensor", "0"),
+        ({"scale": math.nan}, RuntimeError, "`scale` to be a positive finite number or a tensor", "nan"),
+        ({"scale": "1"}, TypeError, "`scale` to be a positive finite number or a tensor", "'1'"),
+        ({"zero_point": 0.5}, TypeError, "`zero_point` to be an int or a tensor", "0.5"),
+        ({"zero_point": 300}, RuntimeError, "`zero_point` to be from quant_min = 0 to quant_max = 255", "300"),
     ],
 )
-def test_numbers_are_checked(kwargs: dict[str, Any], expected: str, actual: str) -> None:
+def test_numbers_are_checked(kwargs: dict[str, Any], kind: type[Exception], expected: str, actual: str) -> None:
     arguments = {"scale": 0.1, "zero_point": 0, "quant_min": 0, "quant_max": 255, **kwargs}
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(kind) as error:
         functional.fake_quantize(torch.ones(3), **arguments)
     assert str(error.value) == f"fake_quantize: expected {expected}, but got {actual}"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected", "actual"),
+    ("arguments", "kind", "expected", "actual"),
     [
-        ((0,), "`bits` to be an int from 1 to 16", "0"),
-        ((1, "int", True), "`bits` to be an int from 2 to 16", "1"),
-        ((8.0,), "`bits` to be an int from 1 to 16", "8.0"),
-        ((8, "float"), "`dtype` to be 'uint' or 'int'", "'float'"),
+        ((0,), ValueError, "`bits` to be an int from 1 to 16", "0"),
+        ((1, "int", True), ValueError, "`bits` to be an int from 2 to 16", "1"),
+        ((8.0,), TypeError, "`bits` to be an int", "8.0"),
+        ((8, "float"), ValueError, "`quant_dtype` to be 'uint' or 'int'", "'float'"),
     ],
 )
-def test_quant_range_errors(arguments: tuple[Any, ...], expected: str, actual: str) -> None:
-    with pytest.raises(RuntimeError) as error:
+def test_quant_range_errors(arguments: tuple[Any, ...], kind: type[Exception], expected: str, actual: str) -> None:
+    with pytest.raises(kind) as error:
         functional.quant_range(*arguments)
     assert str(error.value) == f"quant_range: expected {expected}, but got {actual}"
 
@@ -231,18 +260,22 @@ class Everything(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        names = ("extremes", "scale", "zero_point", "step")
-        for name, buffer in zip(names, state(), strict=True):
+        known, pending = ranges()
+        for name, buffer in (("known", torch.zeros(2)), ("active", known), ("pending", pending)):
             self.register_buffer(name, buffer)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("rng_state", torch.tensor([5, 0]))
         self.weight = torch.nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ functional.dorefa_weight(self.weight, 4)
+        known, active, pending, step = (self.get_buffer(n) for n in ("known", "active", "pending", "step"))
+        functional.begin_step([known], [active], [pending], step, [1])
+        y = x @ functional.dorefa_weight(functional.fake_quantize_current(self.weight, -127, 127, axis=0), 4)
         y = functional.dorefa_gradient(y, self.get_buffer("rng_state"), 6, inplace=True)
-        buffers = (self.get_buffer(n) for n in ("extremes", "scale", "zero_point", "step"))
-        y = functional.observe_fake_quantize(y, *buffers, 0, 255, bounds=(0.0, INF), inplace=True)
+        y = functional.observe_fake_quantize(y, active, pending, 0, 255, bounds=(0.0, INF), inplace=True)
         y = functional.fake_quantize(y, 0.05, 3, 0, 255)
+        y = functional.fake_quantize_in_range(y, active, 0, 255)
+        functional.end_step([known], [pending], [0.1], step)
         return functional.dorefa_activation(y, 3)
 
 

@@ -81,11 +81,19 @@ struct GradientPart {
 // the second-level cache, to which dorefa_gradient fetches the thread's next chunk meanwhile.
 constexpr int64_t kGradientChunk = 1 << 16;
 
+// Extrema per channel of what a part of a job has read, [channels] of the compute type, which start at +inf and -inf.
+struct ObservedExtrema {
+  void* min;
+  void* max;
+};
+
 struct Kernels {
   const char* name;
   // The slots [begin, end) of the table; `begin` is a multiple of kLanes.
   void (*affine_table)(const AffineJob&, const AffineTable&, int64_t begin, int64_t end);
-  void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, int64_t begin, int64_t end);
+  // Widens `observed` unless that is null.
+  void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, const ObservedExtrema* observed, int64_t begin,
+                        int64_t end);
   void (*straight_through)(const StraightThroughJob&, Store, int64_t begin, int64_t end);
   void (*extrema)(const ExtremaPart&);
   // max|x|, or NaN, of each of `runs` runs of `length` elements, in the compute type of `dtype`.

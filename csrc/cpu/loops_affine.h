@@ -6,9 +6,11 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "../numerics/channel.h"
 #include "../numerics/dispatch.h"
+#include "../numerics/extrema.h"
 #include "kernels.h"
 #include "loops_masked.h"
 
@@ -34,27 +36,58 @@ QK_INLINE LaneBits passing_lanes(V x, const AffineConstants<V>& c) {
   }
 }
 
-// `count` whole vectors that share their constants.
-template <AffineMode mode, Store store, class S, class T>
-void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
+// The extrema of each lane of the vectors seen so far. Where a lane saw a NaN, `min` stays one.
+template <class T>
+struct LaneExtrema {
+  using V = Vector<T>;
+  V min, max;
+
+  static QK_INLINE LaneExtrema empty() { return {V::broadcast(T(INFINITY)), V::broadcast(T(-INFINITY))}; }
+  QK_INLINE void observe(const V& x) {
+    min = minimum_or_nan(min, x);
+    max = maximum(x, max);
+  }
+  // Of all lanes.
+  QK_INLINE Extrema<T> combined() const {
+    T least[kLanes], most[kLanes];
+    min.store(least);
+    max.store(most);
+    Extrema<T> all = Extrema<T>::empty();
+    for (int lane = 0; lane < kLanes; ++lane) {
+      all.combine(least[lane], least[lane] != least[lane] ? least[lane] : most[lane]);
+    }
+    return all;
+  }
+};
+
+// `count` whole vectors that share their constants. Returns their extrema if it observes.
+template <AffineMode mode, Store store, bool observes, class S, class T>
+Extrema<T> quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
   using V = Vector<T>;
   const AffineConstants<V> c = broadcast(scalars);
+  LaneExtrema<T> extrema = LaneExtrema<T>::empty();
   map_masked<mode != AffineMode::kDivide, store>(
-      x, y, mask, count, [&](V value) QK_INLINE_LAMBDA { return fake_quantize_element<mode>(value, c); },
+      x, y, mask, count,
+      [&](V value) QK_INLINE_LAMBDA {
+        if constexpr (observes) extrema.observe(value);
+        return fake_quantize_element<mode, S>(value, c);
+      },
       [&](V value) QK_INLINE_LAMBDA { return passing_lanes<mode>(value, c); });
+  if constexpr (observes) return extrema.combined();
+  return Extrema<T>::empty();
 }
 
-template <Store store, class S, class T>
-void quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineGrid<T>& grid) {
+template <Store store, bool observes, class S, class T>
+Extrema<T> quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineGrid<T>& grid) {
   switch (grid.mode) {
     case AffineMode::kReciprocal:
-      return quantize_vectors<AffineMode::kReciprocal, store>(x, y, mask, count, grid.constants);
-    case AffineMode::kDivide:
-      return quantize_vectors<AffineMode::kDivide, store>(x, y, mask, count, grid.constants);
+      return quantize_vectors<AffineMode::kReciprocal, store, observes>(x, y, mask, count, grid.constants);
     case AffineMode::kPassThrough:
-      return quantize_vectors<AffineMode::kPassThrough, store>(x, y, mask, count, grid.constants);
+      return quantize_vectors<AffineMode::kPassThrough, store, observes>(x, y, mask, count, grid.constants);
     case AffineMode::kUnbounded:
-      return quantize_vectors<AffineMode::kUnbounded, store>(x, y, mask, count, grid.constants);
+      return quantize_vectors<AffineMode::kUnbounded, store, observes>(x, y, mask, count, grid.constants);
+    default:
+      return quantize_vectors<AffineMode::kDivide, store, observes>(x, y, mask, count, grid.constants);
   }
 }
 
@@ -159,18 +192,14 @@ inline bool unbounded_is_faster(const AffineJob& job) {
 }
 
 // The constants of kLanes slots, which belong to these channels.
-template <class T>
+template <class S, class T = typename ComputeType<S>::type>
 QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes], TablePage<T>& page, int64_t slot) {
   float scale[kLanes];
   int32_t zero_point[kLanes];
-  if (channel[kLanes - 1] == channel[0] + kLanes - 1) {  // consecutive: the loops become vectors
-    std::copy_n(job.scale + channel[0], kLanes, scale);
-    std::copy_n(job.zero_point + channel[0], kLanes, zero_point);
-  } else {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      scale[lane] = job.scale[channel[lane]];
-      zero_point[lane] = job.zero_point[channel[lane]];
-    }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const QuantizationParameters p = channel_parameters(job, channel[lane]);
+    scale[lane] = p.scale;
+    zero_point[lane] = p.zero_point;
   }
   T least[kLanes], most[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) least[lane] = static_cast<T>(int64_t{job.quant_min} - zero_point[lane]);
@@ -182,24 +211,25 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
   AffineConstants<V> constants = make_constants(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
   constexpr LaneBits kAll = static_cast<LaneBits>(-1);
   const LaneBits reciprocal =
-      kHasFusedMultiplyAdd<T> ? reciprocal_divides<T>(scales, level_min, level_max) : LaneBits{0};
+      kHasFusedMultiplyAdd<T> ? reciprocal_divides<S>(scales, level_min, level_max) : LaneBits{0};
   AffineMode mode = AffineMode::kReciprocal;
   if (reciprocal == kAll && unbounded_is_faster(job)) {
     clamp_to_passing(constants);
     mode = AffineMode::kUnbounded;
   }
   page.store(slot, constants, mode, reciprocal);
-  if (job.range == nullptr && job.step == nullptr) return;
+  if (job.range == nullptr) return;
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!passes_through(job, channel[lane])) continue;
     page.set(slot + lane, {make_pass_through(low, high), AffineMode::kPassThrough});
   }
 }
 
-template <class T>
+template <class S>
 void affine_table_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
+  using T = typename ComputeType<S>::type;
   if (table.slots == 1) {
-    AffineGrid<T> grid = channel_grid<T>(job, 0);
+    AffineGrid<T> grid = channel_grid<S>(job, 0);
     grid.mode = tier_mode<T>(grid.mode);
     if (grid.mode == AffineMode::kReciprocal && unbounded_is_faster(job)) {
       clamp_to_passing(grid.constants);
@@ -215,24 +245,27 @@ void affine_table_typed(const AffineJob& job, const AffineTable& table, int64_t 
     for (const int64_t page_end = std::min(end, page_begin + AffineTable::kSlots); slot < page_end; slot += kLanes) {
       int64_t channel[kLanes];
       channels.next(channel);
-      set_slots<T>(job, channel, page, slot - page_begin);
+      set_slots<S>(job, channel, page, slot - page_begin);
     }
   }
 }
 
 inline void affine_table(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
-  if (job.dtype == DType::kFloat64) return affine_table_typed<double>(job, table, begin, end);
-  return affine_table_typed<float>(job, table, begin, end);
+  dispatch_storage(job.dtype, [&](auto storage) { affine_table_typed<decltype(storage)>(job, table, begin, end); });
 }
 
+using cpu::ObservedExtrema;
+
 // Walks a part of the tensor segment by segment; a segment is a run of elements of one channel.
-template <Store store, class S>
+template <Store store, bool observes, class S>
 class SegmentWalk {
   using T = typename ComputeType<S>::type;
 
  public:
-  SegmentWalk(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end)
-      : x_(static_cast<const S*>(job.input)),
+  SegmentWalk(const AffineJob& job, const AffineTable& table, const ObservedExtrema* observed, int64_t begin,
+              int64_t end)
+      : observed_(observed),
+        x_(static_cast<const S*>(job.input)),
         y_(static_cast<S*>(job.output)),
         mask_(job.mask),
         view_(job.view),
@@ -259,10 +292,19 @@ class SegmentWalk {
 
  private:
   void whole_vectors(int64_t count) {
-    if (store == Store::kStreamed && is_vector_aligned(y_ + position_)) {
-      quantize_vectors<Store::kStreamed>(x_ + position_, y_ + position_, mask_ + position_ / 8, count, grid_);
-    } else {
-      quantize_vectors<Store::kCached>(x_ + position_, y_ + position_, mask_ + position_ / 8, count, grid_);
+    const S* const x = x_ + position_;
+    S* const y = y_ + position_;
+    uint8_t* const mask = mask_ + position_ / 8;
+    observe(store == Store::kStreamed && is_vector_aligned(y)
+                ? quantize_vectors<Store::kStreamed, observes>(x, y, mask, count, grid_)
+                : quantize_vectors<Store::kCached, observes>(x, y, mask, count, grid_));
+  }
+
+  void observe(const Extrema<T>& extrema) {
+    if constexpr (observes) {
+      T* const min = static_cast<T*>(observed_->min);
+      T* const max = static_cast<T*>(observed_->max);
+      combine_into(min[channel_], max[channel_], extrema.min, extrema.max);
     }
   }
 
@@ -281,7 +323,8 @@ class SegmentWalk {
     for (int64_t lane = 0; lane < valid;) {
       const int64_t stop = std::min(valid, segment_end_ - position_);
       LaneBits bits = 0;
-      quantize_vectors<Store::kCached>(in.element, out, reinterpret_cast<uint8_t*>(&bits), 1, grid_);
+      quantize_vectors<Store::kCached, false>(in.element, out, reinterpret_cast<uint8_t*>(&bits), 1, grid_);
+      for (int64_t i = lane; observes && i < stop; ++i) observe({to_float(in.element[i]), to_float(in.element[i])});
       std::copy(out + lane, out + stop, y_ + position_ + lane);
       all |= static_cast<LaneBits>(bits & ((1u << stop) - (1u << lane)));
       lane = stop;
@@ -291,6 +334,7 @@ class SegmentWalk {
     position_ += valid;
   }
 
+  const ObservedExtrema* observed_;
   const S* x_;
   S* y_;
   uint8_t* mask_;
@@ -306,7 +350,7 @@ template <AffineMode mode, Store store, class S, class T>
 QK_INLINE LaneBits quantize_vector(const S* x, S* y, const TablePage<T>& page, int64_t slot) {
   const Vector<T> value = Vector<T>::load(x);
   const AffineConstants<Vector<T>> c = page.load(slot);
-  put<store>(fake_quantize_element<mode>(value, c), y);
+  put<store>(fake_quantize_element<mode, S>(value, c), y);
   return passing_lanes<mode>(value, c);
 }
 
@@ -368,25 +412,96 @@ void quantize_rows(const AffineJob& job, const AffineTable& table, int64_t begin
   put_last_bits(bits, end - i, job.mask + i / 8);
 }
 
-template <Store store, class S>
-void fake_quantize_typed(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
-  if (AffineTable::has_entry_per_element(job.view) && !table_has(table, AffineMode::kPassThrough)) {
-    // Dividing is right for every channel, and two multiplications are for one that is kUnbounded.
-    if (table_has(table, AffineMode::kDivide))
-      return quantize_rows<AffineMode::kDivide, store, S>(job, table, begin, end);
-    if (table_has(table, AffineMode::kReciprocal))
-      return quantize_rows<AffineMode::kReciprocal, store, S>(job, table, begin, end);
-    return quantize_rows<AffineMode::kUnbounded, store, S>(job, table, begin, end);
+// Extrema of columns: a run of memory that begins again every `period` elements, a whole number of rows.
+template <class S>
+class ColumnExtrema {
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
+
+ public:
+  explicit ColumnExtrema(const ChannelView& view)
+      : view_(view),
+        period_(view.channels * view.inner * (kShortestPeriod / (view.channels * view.inner) + 1)),
+        min_(static_cast<size_t>(period_), T(INFINITY)),
+        max_(static_cast<size_t>(period_), T(-INFINITY)) {}
+
+  void observe(const S* x, int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t column = begin % period_;
+      const int64_t count = std::min(period_ - column, end - begin);
+      observe(x + begin, count, &min_[static_cast<size_t>(column)], &max_[static_cast<size_t>(column)]);
+      begin += count;
+    }
   }
-  SegmentWalk<store, S>(job, table, begin, end).run();
+
+  void widen(const ObservedExtrema& observed) const {
+    T* const min = static_cast<T*>(observed.min);
+    T* const max = static_cast<T*>(observed.max);
+    for (int64_t column = 0; column < period_; ++column) {
+      const int64_t channel = column / view_.inner % view_.channels;
+      const size_t i = static_cast<size_t>(column);
+      combine_into(min[channel], max[channel], min_[i], min_[i] != min_[i] ? min_[i] : max_[i]);
+    }
+  }
+
+ private:
+  static constexpr int64_t kShortestPeriod = 1024;
+
+  static void observe(const S* x, int64_t count, T* min, T* max) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const V value = V::load(x + i);
+      minimum_or_nan(V::load(min + i), value).store(min + i);
+      maximum(value, V::load(max + i)).store(max + i);
+    }
+    for (; i < count; ++i) combine_into(min[i], max[i], to_float(x[i]), to_float(x[i]));
+  }
+
+  ChannelView view_;
+  int64_t period_;
+  std::vector<T> min_, max_;
+};
+
+template <Store store, class S>
+void quantize_narrow(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
+  // A channel that passes through is rare: only then are segments, shorter than a vector, taken one by one.
+  if (table_has(table, AffineMode::kPassThrough))
+    return SegmentWalk<store, false, S>(job, table, nullptr, begin, end).run();
+  // Dividing is right for every channel, and two multiplications are for one that is kUnbounded.
+  if (table_has(table, AffineMode::kDivide))
+    return quantize_rows<AffineMode::kDivide, store, S>(job, table, begin, end);
+  if (table_has(table, AffineMode::kReciprocal))
+    return quantize_rows<AffineMode::kReciprocal, store, S>(job, table, begin, end);
+  return quantize_rows<AffineMode::kUnbounded, store, S>(job, table, begin, end);
 }
 
-inline void fake_quantize(const AffineJob& job, const AffineTable& table, Store store, int64_t begin, int64_t end) {
+template <Store store, class S>
+void fake_quantize_typed(const AffineJob& job, const AffineTable& table, const ObservedExtrema* observed, int64_t begin,
+                         int64_t end) {
+  if (!AffineTable::has_entry_per_element(job.view)) {
+    if (observed == nullptr) return SegmentWalk<store, false, S>(job, table, observed, begin, end).run();
+    return SegmentWalk<store, true, S>(job, table, observed, begin, end).run();
+  }
+  if (observed == nullptr) return quantize_narrow<store, S>(job, table, begin, end);
+  // What has been observed is still in the first-level cache when it is quantized.
+  constexpr int64_t kObservedElements = 1 << 12;
+  ColumnExtrema<S> columns(job.view);
+  for (int64_t i = begin; i < end; i += kObservedElements) {
+    const int64_t stop = std::min(i + kObservedElements, end);
+    columns.observe(static_cast<const S*>(job.input), i, stop);
+    quantize_narrow<store, S>(job, table, i, stop);
+  }
+  columns.widen(*observed);
+}
+
+inline void fake_quantize(const AffineJob& job, const AffineTable& table, Store store, const ObservedExtrema* observed,
+                          int64_t begin, int64_t end) {
   if (begin >= end) return;
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    dispatch_store(store, static_cast<const S*>(job.output),
-                   [&](auto constant) { fake_quantize_typed<decltype(constant)::value, S>(job, table, begin, end); });
+    dispatch_store(store, static_cast<const S*>(job.output), [&](auto constant) {
+      fake_quantize_typed<decltype(constant)::value, S>(job, table, observed, begin, end);
+    });
   });
 }
 

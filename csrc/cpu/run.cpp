@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -77,11 +78,9 @@ void parallel_elements(ParallelFor parallel_for, int64_t numel, int64_t grain, c
 // threads, 0.74 ms streamed and 0.42 cached; 64 MB between two others 8.0 and 8.5. A constant, since what sysconf tells
 // of the cache is wrong by a factor of ten on some processors.
 constexpr int64_t kStreamedBytes = 32 << 20;
-// Behind an observation, which leaves the input in the cache for the quantization to read again: the two together.
-constexpr int64_t kStreamedBytesObserved = kStreamedBytes / 2;
 
-Store store_for(const void* input, const void* output, int64_t bytes, int64_t streamed_bytes = kStreamedBytes) {
-  return output != input && bytes >= streamed_bytes ? Store::kStreamed : Store::kCached;
+Store store_for(const void* input, const void* output, int64_t bytes) {
+  return output != input && bytes >= kStreamedBytes ? Store::kStreamed : Store::kCached;
 }
 
 int64_t element_size(DType dtype) {
@@ -210,11 +209,28 @@ ChannelExtrema<T> reduce_extrema(DType dtype, const void* input, ChannelView vie
 }
 
 template <class T>
-void observe(const ObserveJob& job, ParallelFor parallel_for) {
-  const AffineJob& affine = job.affine;
-  const ChannelExtrema<T> current = reduce_extrema<T>(affine.dtype, affine.input, affine.view, parallel_for);
-  for (int64_t c = 0; c < affine.view.channels; ++c) {
-    observe_channel<T>(job, c, current.min[static_cast<size_t>(c)], current.max[static_cast<size_t>(c)]);
+void store_range(const RangeJob& job, ParallelFor parallel_for) {
+  const int64_t channels = job.view.channels;
+  if (job.active != nullptr && job.active[0] == 0.0f && job.active[1] == 0.0f) {
+    std::fill_n(job.range, 2 * channels, 0.0f);
+    return;
+  }
+  const ChannelExtrema<T> extrema = reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for);
+  for (int64_t c = 0; c < channels; ++c) {
+    job.range[c] = static_cast<float>(extrema.min[static_cast<size_t>(c)]);
+    job.range[channels + c] = static_cast<float>(extrema.max[static_cast<size_t>(c)]);
+  }
+}
+
+// One thread's extrema into the job's. A channel of which the thread saw nothing has the least above the largest.
+template <class T>
+void widen_pending(const AffineJob& job, const ChannelExtrema<T>& seen) {
+  const int64_t channels = job.view.channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    const T min = seen.min[static_cast<size_t>(c)], max = seen.max[static_cast<size_t>(c)];
+    if (min > max) continue;
+    const Range range = clamped_range(job, min, max);
+    combine_into(job.pending[c], job.pending[channels + c], range.min, range.max);
   }
 }
 
@@ -290,14 +306,21 @@ void store_weight_statistic(const DoReFaWeightJob& job, ParallelFor parallel_for
   kernels.tanh_of(job.dtype, &largest, statistic);
 }
 
-void quantize(const AffineJob& job, int64_t streamed_bytes, ParallelFor parallel_for) {
+template <class T>
+void quantize(const AffineJob& job, ParallelFor parallel_for) {
   const int64_t numel = job.view.numel();
   if (numel == 0) return;
   const Kernels& kernels = active_kernels();
   const JobConstants constants(kernels, job, parallel_for);
-  const Store store = store_for(job.input, job.output, numel * element_size(job.dtype), streamed_bytes);
+  const Store store = store_for(job.input, job.output, numel * element_size(job.dtype));
+  std::mutex widening;
   parallel_elements(parallel_for, numel, kGrain, [&](int64_t begin, int64_t end) {
-    kernels.fake_quantize(job, constants.table(), store, begin, end);
+    if (job.pending == nullptr) return kernels.fake_quantize(job, constants.table(), store, nullptr, begin, end);
+    ChannelExtrema<T> seen(job.view.channels);
+    const ObservedExtrema observed{seen.min.data(), seen.max.data()};
+    kernels.fake_quantize(job, constants.table(), store, &observed, begin, end);
+    const std::lock_guard<std::mutex> lock(widening);
+    widen_pending(job, seen);
   });
 }
 
@@ -339,19 +362,27 @@ std::vector<std::string> available_tiers() {
 
 const char* active_tier() { return active_kernels().name; }
 
-void run(const AffineJob& job, ParallelFor parallel_for) { quantize(job, kStreamedBytes, parallel_for); }
+void run(const AffineJob& job, ParallelFor parallel_for) {
+  if (job.dtype == DType::kFloat64) return quantize<double>(job, parallel_for);
+  return quantize<float>(job, parallel_for);
+}
 
-void run(const ObserveJob& job, ParallelFor parallel_for) {
-  const bool observes = job.observe && job.affine.view.numel() > 0;
-  if (observes) {
-    if (job.affine.dtype == DType::kFloat64) {
-      observe<double>(job, parallel_for);
-    } else {
-      observe<float>(job, parallel_for);
-    }
+void run(const RangeJob& job, ParallelFor parallel_for) {
+  if (job.dtype == DType::kFloat64) return store_range<double>(job, parallel_for);
+  return store_range<float>(job, parallel_for);
+}
+
+void run(const BeginStepJob& job, ParallelFor) {
+  for (const BeginStep* q = job.steps; q < job.steps + job.count; ++q) {
+    for (int64_t c = 0; c < q->channels; ++c) begin_step(*q, *job.step, c);
   }
-  quantize(job.affine, observes ? kStreamedBytesObserved : kStreamedBytes, parallel_for);
-  if (job.advance_step) ++*job.step;
+}
+
+void run(const EndStepJob& job, ParallelFor) {
+  for (const EndStep* q = job.steps; q < job.steps + job.count; ++q) {
+    for (int64_t c = 0; c < q->channels; ++c) end_step(*q, c);
+  }
+  ++*job.step;
 }
 
 void run(const StraightThroughJob& job, ParallelFor parallel_for) {

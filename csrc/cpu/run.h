@@ -20,7 +20,9 @@ std::vector<std::string> available_tiers();
 const char* active_tier();
 
 void run(const AffineJob& job, ParallelFor parallel_for);
-void run(const ObserveJob& job, ParallelFor parallel_for);
+void run(const RangeJob& job, ParallelFor parallel_for);
+void run(const BeginStepJob& job, ParallelFor parallel_for);
+void run(const EndStepJob& job, ParallelFor parallel_for);
 void run(const StraightThroughJob& job, ParallelFor parallel_for);
 void run(const ExtremaJob& job, ParallelFor parallel_for);
 void run(const DoReFaWeightJob& job, ParallelFor parallel_for);

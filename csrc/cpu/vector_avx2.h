@@ -91,6 +91,12 @@ QK_INLINE F32 maximum(F32 x, F32 accumulator) {
   return {_mm256_max_ps(x.low, accumulator.low), _mm256_max_ps(x.high, accumulator.high)};
 }
 QK_INLINE F32 clamp(F32 x, F32 low, F32 high) { return minimum(high, maximum(low, x)); }
+QK_INLINE __m256 minimum_or_nan(__m256 accumulator, __m256 x) {
+  return _mm256_or_ps(_mm256_min_ps(accumulator, x), _mm256_cmp_ps(accumulator, x, _CMP_UNORD_Q));
+}
+QK_INLINE F32 minimum_or_nan(F32 accumulator, F32 x) {
+  return {minimum_or_nan(accumulator.low, x.low), minimum_or_nan(accumulator.high, x.high)};
+}
 QK_INLINE F32 absolute(F32 x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
@@ -220,6 +226,10 @@ QK_INLINE F64 round_even(F64 x) {
 }
 QK_INLINE F64 minimum(F64 x, F64 accumulator) { QK_PARTWISE(_mm256_min_pd(x.part[i], accumulator.part[i])); }
 QK_INLINE F64 maximum(F64 x, F64 accumulator) { QK_PARTWISE(_mm256_max_pd(x.part[i], accumulator.part[i])); }
+QK_INLINE F64 minimum_or_nan(F64 accumulator, F64 x) {
+  QK_PARTWISE(_mm256_or_pd(_mm256_min_pd(accumulator.part[i], x.part[i]),
+                           _mm256_cmp_pd(accumulator.part[i], x.part[i], _CMP_UNORD_Q)));
+}
 QK_INLINE F64 clamp(F64 x, F64 low, F64 high) { return minimum(high, maximum(low, x)); }
 QK_INLINE F64 absolute(F64 x) { QK_PARTWISE(_mm256_andnot_pd(_mm256_set1_pd(-0.0), x.part[i])); }
 QK_INLINE F64 constant_like(F64, float c) { return F64::broadcast(c); }

@@ -71,6 +71,10 @@ QK_INLINE F32 round_even(F32 x) {
 QK_INLINE F32 minimum(F32 x, F32 accumulator) { return {_mm512_min_ps(x.value, accumulator.value)}; }
 QK_INLINE F32 maximum(F32 x, F32 accumulator) { return {_mm512_max_ps(x.value, accumulator.value)}; }
 QK_INLINE F32 clamp(F32 x, F32 low, F32 high) { return minimum(high, maximum(low, x)); }
+QK_INLINE F32 minimum_or_nan(F32 accumulator, F32 x) {
+  const __mmask16 is_number = _mm512_cmp_ps_mask(accumulator.value, accumulator.value, _CMP_ORD_Q);
+  return {_mm512_mask_min_ps(accumulator.value, is_number, accumulator.value, x.value)};
+}
 QK_INLINE F32 absolute(F32 x) { return {_mm512_abs_ps(x.value)}; }
 
 QK_INLINE F32 select_less(F32 x, F32 bound, F32 below, F32 above) {
@@ -205,6 +209,12 @@ QK_INLINE F64 minimum(F64 x, F64 accumulator) {
 }
 QK_INLINE F64 maximum(F64 x, F64 accumulator) {
   return {_mm512_max_pd(x.low, accumulator.low), _mm512_max_pd(x.high, accumulator.high)};
+}
+QK_INLINE __m512d minimum_or_nan(__m512d accumulator, __m512d x) {
+  return _mm512_mask_min_pd(accumulator, _mm512_cmp_pd_mask(accumulator, accumulator, _CMP_ORD_Q), accumulator, x);
+}
+QK_INLINE F64 minimum_or_nan(F64 accumulator, F64 x) {
+  return {minimum_or_nan(accumulator.low, x.low), minimum_or_nan(accumulator.high, x.high)};
 }
 QK_INLINE F64 clamp(F64 x, F64 low, F64 high) { return minimum(high, maximum(low, x)); }
 QK_INLINE F64 absolute(F64 x) { return {_mm512_abs_pd(x.low), _mm512_abs_pd(x.high)}; }

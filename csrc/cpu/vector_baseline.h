@@ -159,6 +159,16 @@ template <class T>
 QK_INLINE Lanes<T> operator/(Lanes<T> a, Lanes<T> b) {
   QK_LANEWISE(a.lane[i] / b.lane[i]);
 }
+// NaN in x leaves the accumulator.
+template <class T>
+QK_INLINE Lanes<T> maximum(Lanes<T> x, Lanes<T> accumulator) {
+  QK_LANEWISE(x.lane[i] > accumulator.lane[i] ? x.lane[i] : accumulator.lane[i]);
+}
+// A NaN of either stays.
+template <class T>
+QK_INLINE Lanes<T> minimum_or_nan(Lanes<T> accumulator, Lanes<T> x) {
+  QK_LANEWISE((x.lane[i] < accumulator.lane[i]) | (x.lane[i] != x.lane[i]) ? x.lane[i] : accumulator.lane[i]);
+}
 template <class T>
 QK_INLINE Lanes<T> clamp(Lanes<T> x, Lanes<T> low, Lanes<T> high) {
   QK_LANEWISE(clamp(x.lane[i], low.lane[i], high.lane[i]));

@@ -27,11 +27,12 @@
 // past it.
 #pragma once
 
-#include "scalar.h"
+#include "half.h"
 
 QK_NAMESPACE_BEGIN
 
 constexpr float kSmallestScale = 0x1p-126f;
+constexpr float kLargestScale = 0x1.fffffep127f;
 constexpr int kReciprocalGridLimit = 1 << 11;
 
 // Range to (scale, zero_point): contract, section 2. Every operation rounds to float32.
@@ -39,6 +40,8 @@ struct QuantizationParameters {
   float scale;
   int32_t zero_point;
 };
+
+QK_INLINE bool is_finite(float x) { return x - x == 0.0f; }
 
 QK_INLINE QuantizationParameters choose_parameters(float range_min, float range_max, int32_t quant_min,
                                                    int32_t quant_max, bool symmetric) {
@@ -50,15 +53,13 @@ QK_INLINE QuantizationParameters choose_parameters(float range_min, float range_
     const float scale = magnitude / static_cast<float>(quant_max - zero_point);
     return {scale > kSmallestScale ? scale : kSmallestScale, zero_point};
   }
-  const float raw = (high - low) / static_cast<float>(quant_max - quant_min);
-  const float scale = raw > kSmallestScale ? raw : kSmallestScale;
+  const float levels = static_cast<float>(quant_max - quant_min);
+  const float spread = high - low;
+  // A spread beyond the largest float is divided before it is doubled.
+  const float raw = is_finite(spread) ? spread / levels : 2.0f * ((0.5f * high - 0.5f * low) / levels);
+  const float scale = raw < kSmallestScale ? kSmallestScale : raw > kLargestScale ? kLargestScale : raw;
   const float zero_point = static_cast<float>(quant_min) - round_even(low / scale);
   return {scale, static_cast<int32_t>(clamp(zero_point, static_cast<float>(quant_min), static_cast<float>(quant_max)))};
-}
-
-// One observation of a moving average: the current extremum enters with weight `momentum`.
-QK_INLINE float moving_average(float running, float current, float momentum) {
-  return running + momentum * (current - running);
 }
 
 struct Range {
@@ -66,16 +67,18 @@ struct Range {
   float max;
 };
 
-QK_INLINE bool is_finite(float x) { return x - x == 0.0f; }
-// The initial (+inf, -inf) marks a range that has seen no finite data.
-QK_INLINE bool is_observed(Range r) { return r.min <= r.max; }
+QK_INLINE bool is_finite(Range r) { return is_finite(r.min) && is_finite(r.max); }
+// A range that has seen nothing is (0, 0); one that is not finite gives no grid either.
+QK_INLINE bool has_grid(Range r) { return is_finite(r) && (r.min != 0.0f || r.max != 0.0f); }
 
-// Contract, section 5. -0 becomes +0, so that the order of a reduction cannot show.
-QK_INLINE Range update_range(Range running, Range current, float momentum) {
-  if (!is_finite(current.min) || !is_finite(current.max)) return running;
-  current = {current.min + 0.0f, current.max + 0.0f};
-  if (!is_observed(running) || momentum == 1.0f) return current;
-  return {moving_average(running.min, current.min, momentum), moving_average(running.max, current.max, momentum)};
+// Contract, section 5: the moving average after a step whose extrema are `pending`, which enter with weight `momentum`.
+// What is not finite is dropped.
+QK_INLINE Range fold_range(Range running, Range pending, float momentum) {
+  if (!is_finite(pending)) return running;
+  if (!has_grid(running) || momentum == 1.0f) return pending;
+  const Range folded = {running.min + momentum * (pending.min - running.min),
+                        running.max + momentum * (pending.max - running.max)};
+  return is_finite(folded) ? folded : running;
 }
 
 // How an element is to be treated; kernels branch on it once per tensor or channel.
@@ -159,39 +162,48 @@ QK_INLINE AffineConstants<V> make_pass_through(V low, V high) {
   return {one, one, constant_like(low, 0.0f), low, high, low, high};
 }
 
-// Whether two multiplications divide tensors of type T by `scale`: a bool for scalars, one bit per lane for vectors.
-template <class T, class V>
+// Whether two multiplications divide tensors of storage type S by `scale`, on a grid whose ends S can hold: a bool for
+// scalars, one bit per lane for vectors.
+template <class S, class V>
 QK_INLINE auto reciprocal_divides(V scale, V level_min, V level_max) {
   const auto c = [scale](float value) { return constant_like(scale, value); };
-  if constexpr (sizeof(T) == sizeof(double)) {
+  if constexpr (sizeof(S) == sizeof(double)) {
     return inclusively_between(scale, c(0x1p-149f), c(0x1.fffffep127f));  // any positive float
   } else {
     // Between these scales neither the reciprocal nor the residual leaves the normal range.
     const auto moderate = inclusively_between(scale, c(0x1p-96f), c(0x1p96f));
     const auto not_below = inclusively_between(level_min, c(-kReciprocalGridLimit), level_max);
     const auto not_above = inclusively_between(level_max, level_min, c(kReciprocalGridLimit));
-    return static_cast<decltype(moderate)>(moderate & not_below & not_above);
+    const auto reciprocal = static_cast<decltype(moderate)>(moderate & not_below & not_above);
+    if constexpr (kLargest<S> >= 0x1p107f) return reciprocal;  // 2^96 kReciprocalGridLimit
+    const V largest = c(kLargest<S>);
+    const auto low_fits = inclusively_between(level_min * scale, c(-kLargest<S>), largest);
+    const auto high_fits = inclusively_between(level_max * scale, c(-kLargest<S>), largest);
+    return static_cast<decltype(moderate)>(reciprocal & low_fits & high_fits);
   }
 }
 
-// T is float, or double for float64 tensors (whose scale is the widened float32). zero_point in [quant_min, quant_max].
-template <class T>
+// Computed in T, float or double (float64 tensors widen the scale), for tensors of storage type S.
+template <class S, class T = typename ComputeType<S>::type>
 QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
                                     T high) {
   const int64_t level_min = int64_t{quant_min} - zero_point;
   const int64_t level_max = int64_t{quant_max} - zero_point;
-  const bool reciprocal = reciprocal_divides<T>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
+  const bool reciprocal = reciprocal_divides<S>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
   return {make_constants(T(scale), T(level_min), T(level_max), low, high),
           reciprocal ? AffineMode::kReciprocal : AffineMode::kDivide};
 }
 
-template <AffineMode mode, class V>
+// S is what the result is stored as: a grid may end beyond its largest number.
+template <AffineMode mode, class S, class V>
 QK_INLINE V fake_quantize_element(V x, const AffineConstants<V>& c) {
   const V inside = clamp(x, c.clamp_low, c.clamp_high);
   if constexpr (mode == AffineMode::kPassThrough) {
     return inside;
   } else if constexpr (mode == AffineMode::kDivide) {
-    return multiply_unsigned_zero(round_even(inside / c.scale), c.scale);
+    const V y = multiply_unsigned_zero(round_even(inside / c.scale), c.scale);
+    if constexpr (sizeof(S) == sizeof(double)) return y;
+    return clamp(y, constant_like(y, -kLargest<S>), constant_like(y, kLargest<S>));
   } else {
     const V quotient = fused_multiply_add(inside, c.inverse_high, inside * c.inverse_low);
     return multiply_unsigned_zero(round_even(quotient), c.scale);

@@ -73,4 +73,12 @@ struct ComputeType<double> {
   using type = double;
 };
 
+// The largest finite number that S holds; of float64, whose results are far from its own, that of float32.
+template <class S>
+constexpr float kLargest = 0x1.fffffep127f;
+template <>
+constexpr float kLargest<Half> = 65504.0f;
+template <>
+constexpr float kLargest<BFloat16> = 0x1.fep127f;
+
 QK_NAMESPACE_END

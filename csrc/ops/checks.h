@@ -31,7 +31,13 @@ std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::opti
 // [1] (or 0-dim) per tensor, [size of the axis] per channel.
 void check_per_channel(const char* op, const char* argument, const Tensor& tensor, int64_t channels);
 void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max);
-void check_grid(const char* op, int64_t quant_min, int64_t quant_max, double low, double high);
+// [2] (or [2, 1]) per tensor, [2, size of the axis] per channel; float32.
+void check_range(const char* op, const char* argument, const Tensor& range, int64_t channels);
+void check_grid(const char* op, int64_t quant_min, int64_t quant_max);
+void check_symmetric_grid(const char* op, int64_t quant_min, int64_t quant_max);
+void check_bounds(const char* op, double low, double high);
+void check_zero_points(const char* op, const int32_t* zero_points, int64_t count, int64_t quant_min, int64_t quant_max);
+void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like);
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor);
 
 }  // namespace qk::ops

@@ -1,5 +1,4 @@
 // Owns the operators of DoReFa-Net: dorefa_weight, dorefa_weight_backward, dorefa_activation, dorefa_gradient.
-#include <algorithm>
 #include <tuple>
 
 #include "backend.h"
@@ -12,12 +11,6 @@ namespace {
 int32_t check_bits(const char* op, int64_t bits) {
   if (bits < 1 || bits > 16) fail(op, "bits", "from 1 to 16, but got ", bits);
   return static_cast<int32_t>(bits);
-}
-
-void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
-  const int64_t dims = tensor.dim();
-  const bool same = dims == like.dim() && std::equal(tensor.sizes(), tensor.sizes() + dims, like.sizes());
-  if (!same) fail(op, argument, "of shape ", shape_text(like), ", but got ", shape_text(tensor));
 }
 
 int32_t statistic_dtype(DType dtype) {
@@ -95,7 +88,7 @@ Tensor dorefa_activation_(const Tensor& input, int64_t bits) {
 }
 
 template <class Backend>
-Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64_t bits) {
+Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64_t bits, int64_t stream) {
   constexpr const char* kOp = "dorefa_gradient";
   check_same_device(kOp, "rng_state", rng_state, grad_output);
   DoReFaGradientJob job{};
@@ -115,6 +108,7 @@ Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64
   job.samples = grad_output.dim() > 0 ? grad_output.sizes()[0] : 1;
   job.inner = job.samples > 0 ? grad_output.numel() / job.samples : 0;
   job.rng_state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
+  job.stream = stream;
   Backend::run(job, grad_output);
   Dense result(grad_input, layout);
   return result.is_copy() ? result.take_copy() : std::move(grad_input);

@@ -1,4 +1,5 @@
-// Owns the operators of affine fake quantization: fake_quantize, observe_fake_quantize, straight_through, min_max.
+// Owns the operators of affine fake quantization: fake_quantize, fake_quantize_in_range, fake_quantize_current,
+// observe_fake_quantize, straight_through, min_max.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -11,43 +12,48 @@ namespace qk::ops {
 namespace {
 
 using Axis = std::optional<int64_t>;
+using Bound = std::optional<double>;
 
-// The grid and the activation in front of it, as every operator here takes them.
+// The grid and the activation in front of it.
 struct Quantization {
   int64_t quant_min, quant_max;
+  bool symmetric;
   double low, high;
+
+  Quantization(int64_t quant_min, int64_t quant_max, bool symmetric, Bound low, Bound high)
+      : quant_min(quant_min),
+        quant_max(quant_max),
+        symmetric(symmetric),
+        low(low.value_or(-INFINITY)),
+        high(high.value_or(INFINITY)) {}
 };
 
-DType check_affine(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                   const Quantization& q, Axis& axis) {
-  check_same_device(op, "scale", scale, input);
-  check_same_device(op, "zero_point", zero_point, input);
-  const DType dtype = check_floating(op, "input", input);
-  check_dtype(op, "scale", scale, aoti_torch_dtype_float32());
-  check_dtype(op, "zero_point", zero_point, aoti_torch_dtype_int32());
-  axis = check_axis(op, input, axis);
-  const int64_t channels = axis.has_value() ? input.sizes()[*axis] : 1;
-  check_per_channel(op, "scale", scale, channels);
-  check_per_channel(op, "zero_point", zero_point, channels);
-  check_grid(op, q.quant_min, q.quant_max, q.low, q.high);
-  return dtype;
+void check_quantization(const char* op, const Quantization& q) {
+  check_grid(op, q.quant_min, q.quant_max);
+  if (q.symmetric) check_symmetric_grid(op, q.quant_min, q.quant_max);
+  check_bounds(op, q.low, q.high);
 }
 
-const float* scale_pointer(const Tensor& scale) { return static_cast<const float*>(scale.const_data_ptr()); }
-const int32_t* zero_point_pointer(const Tensor& zero_point) {
-  return static_cast<const int32_t*>(zero_point.const_data_ptr());
+int64_t channels_of(const Tensor& input, Axis axis) { return axis.has_value() ? input.sizes()[*axis] : 1; }
+
+template <class T>
+const T* pointer(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* mutable_pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-AffineJob affine_job(const Prepared& p, DType dtype, const float* scale, const int32_t* zero_point,
-                     const Quantization& q, Axis axis) {
+// All but where the grid comes from.
+AffineJob affine_job(const Prepared& p, DType dtype, const Quantization& q, Axis axis) {
   AffineJob job{};
   job.dtype = dtype;
   job.input = p.source->const_data_ptr();
   job.output = p.output().mutable_data_ptr();
-  job.mask = static_cast<uint8_t*>(p.mask.mutable_data_ptr());
+  job.mask = mutable_pointer<uint8_t>(p.mask);
   job.view = view_around(*p.source, p.layout, axis);
-  job.scale = scale;
-  job.zero_point = zero_point;
+  job.symmetric = q.symmetric;
   job.quant_min = static_cast<int32_t>(q.quant_min);
   job.quant_max = static_cast<int32_t>(q.quant_max);
   job.low = q.low;
@@ -55,156 +61,181 @@ AffineJob affine_job(const Prepared& p, DType dtype, const float* scale, const i
   return job;
 }
 
-template <class Backend>
-Prepared fake_quantize_into(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                            const Quantization& q, Axis axis, bool in_place) {
-  const DType dtype = check_affine(op, input, scale, zero_point, q, axis);
-  Prepared p = prepare(input, in_place);
-  const Dense dense_scale(scale, Layout::kContiguous);
-  const Dense dense_zero_point(zero_point, Layout::kContiguous);
-  Backend::run(affine_job(p, dtype, scale_pointer(*dense_scale), zero_point_pointer(*dense_zero_point), q, axis),
-               input);
-  return p;
-}
+std::tuple<Tensor, Tensor> output_and_mask(Prepared p) { return {std::move(p.fresh), std::move(p.mask)}; }
 
-template <class Backend>
-Prepared fake_quantize_into(const char* op, const Tensor& input, double scale, int64_t zero_point,
-                            const Quantization& q, bool in_place) {
-  const DType dtype = check_floating(op, "input", input);
-  check_grid(op, q.quant_min, q.quant_max, q.low, q.high);
-  check_numbers(op, scale, zero_point, q.quant_min, q.quant_max);
-  Prepared p = prepare(input, in_place);
-  const typename Backend::Parameters parameters(scale, zero_point, input);
-  Backend::run(affine_job(p, dtype, parameters.scale_pointer(), parameters.zero_point_pointer(), q, std::nullopt),
-               input);
-  return p;
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> fake_quantize_number(const Tensor& input, double scale, int64_t zero_point,
-                                                int64_t quant_min, int64_t quant_max, double low, double high) {
-  Prepared p =
-      fake_quantize_into<Backend>("fake_quantize", input, scale, zero_point, {quant_min, quant_max, low, high}, false);
-  return {std::move(p.fresh), std::move(p.mask)};
-}
-
-template <class Backend>
-Tensor fake_quantize_number_(const Tensor& input, double scale, int64_t zero_point, int64_t quant_min,
-                             int64_t quant_max, double low, double high) {
-  Prepared p =
-      fake_quantize_into<Backend>("fake_quantize_", input, scale, zero_point, {quant_min, quant_max, low, high}, true);
+// In place; returns the mask.
+Tensor mask_alone(Prepared p, const Tensor& input) {
   write_back(p, input);
   return std::move(p.mask);
+}
+
+template <class Backend>
+Prepared quantize_given(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+                        const Quantization& q, Axis axis, bool in_place) {
+  check_same_device(op, "scale", scale, input);
+  check_same_device(op, "zero_point", zero_point, input);
+  const DType dtype = check_floating(op, "input", input);
+  check_dtype(op, "scale", scale, aoti_torch_dtype_float32());
+  check_dtype(op, "zero_point", zero_point, aoti_torch_dtype_int32());
+  axis = check_axis(op, input, axis);
+  const int64_t channels = channels_of(input, axis);
+  check_per_channel(op, "scale", scale, channels);
+  check_per_channel(op, "zero_point", zero_point, channels);
+  check_quantization(op, q);
+  const Dense dense_scale(scale, Layout::kContiguous);
+  const Dense dense_zero_point(zero_point, Layout::kContiguous);
+  if (Backend::kReadsOnHost) {
+    check_zero_points(op, pointer<int32_t>(*dense_zero_point), channels, q.quant_min, q.quant_max);
+  }
+  Prepared p = prepare(input, in_place);
+  AffineJob job = affine_job(p, dtype, q, axis);
+  job.scale = pointer<float>(*dense_scale);
+  job.zero_point = pointer<int32_t>(*dense_zero_point);
+  Backend::run(job, input);
+  return p;
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                                         int64_t quant_min, int64_t quant_max, Axis axis, double low, double high) {
-  Prepared p = fake_quantize_into<Backend>("fake_quantize", input, scale, zero_point, {quant_min, quant_max, low, high},
-                                           axis, false);
-  return {std::move(p.fresh), std::move(p.mask)};
+                                         int64_t quant_min, int64_t quant_max, Axis axis, Bound low, Bound high) {
+  return output_and_mask(quantize_given<Backend>("fake_quantize", input, scale, zero_point,
+                                                 {quant_min, quant_max, false, low, high}, axis, false));
 }
 
 template <class Backend>
 Tensor fake_quantize_(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-                      int64_t quant_max, Axis axis, double low, double high) {
-  Prepared p = fake_quantize_into<Backend>("fake_quantize_", input, scale, zero_point,
-                                           {quant_min, quant_max, low, high}, axis, true);
-  write_back(p, input);
-  return std::move(p.mask);
+                      int64_t quant_max, Axis axis, Bound low, Bound high) {
+  return mask_alone(quantize_given<Backend>("fake_quantize_", input, scale, zero_point,
+                                            {quant_min, quant_max, false, low, high}, axis, true),
+                    input);
 }
 
 // Without an axis and an activation: every argument from Python costs 0.15 us.
 template <class Backend>
 std::tuple<Tensor, Tensor> fake_quantize_per_tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
                                                     int64_t quant_min, int64_t quant_max) {
-  return fake_quantize<Backend>(input, scale, zero_point, quant_min, quant_max, std::nullopt, -INFINITY, INFINITY);
+  return fake_quantize<Backend>(input, scale, zero_point, quant_min, quant_max, {}, {}, {});
 }
 
 template <class Backend>
 Tensor fake_quantize_per_tensor_(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
                                  int64_t quant_max) {
-  return fake_quantize_<Backend>(input, scale, zero_point, quant_min, quant_max, std::nullopt, -INFINITY, INFINITY);
-}
-
-// The state of an observer, all mutable.
-struct ObserverState {
-  const Tensor &range, &scale, &zero_point, &step;
-};
-
-struct Observation {
-  bool symmetric;
-  double momentum;
-  int64_t quant_start_step;
-  bool observe, advance_step;
-};
-
-DType check_observe(const char* op, const Tensor& input, const ObserverState& state, const Quantization& q,
-                    const Observation& o, Axis& axis) {
-  check_same_device(op, "range", state.range, input);
-  check_same_device(op, "step", state.step, input);
-  check_dtype(op, "range", state.range, aoti_torch_dtype_float32());
-  check_dtype(op, "step", state.step, aoti_torch_dtype_int64());
-  const DType dtype = check_affine(op, input, state.scale, state.zero_point, q, axis);
-  const int64_t channels = axis.has_value() ? input.sizes()[*axis] : 1;
-  if (state.range.numel() != 2 * channels || state.range.dim() == 0 || state.range.sizes()[0] != 2) {
-    fail(op, "range", "of shape [2, ", channels, "] or, per tensor, [2], but got ", shape_text(state.range));
-  }
-  if (state.step.numel() != 1) fail(op, "step", "of one element, but got ", shape_text(state.step));
-  check_contiguous(op, "range", state.range);
-  check_contiguous(op, "scale", state.scale);
-  check_contiguous(op, "zero_point", state.zero_point);
-  if (!(o.momentum > 0.0 && o.momentum <= 1.0)) {
-    fail(op, "momentum", "greater than 0 and at most 1, but got ", o.momentum);
-  }
-  if (o.quant_start_step < 0) fail(op, "quant_start_step", "0 or more, but got ", o.quant_start_step);
-  return dtype;
+  return fake_quantize_<Backend>(input, scale, zero_point, quant_min, quant_max, {}, {}, {});
 }
 
 template <class Backend>
-Prepared observe_into(const char* op, const Tensor& input, const ObserverState& state, const Quantization& q,
-                      const Observation& o, Axis axis, bool in_place) {
-  const DType dtype = check_observe(op, input, state, q, o, axis);
+Prepared quantize_number(const char* op, const Tensor& input, double scale, int64_t zero_point, const Quantization& q,
+                         bool in_place) {
+  const DType dtype = check_floating(op, "input", input);
+  check_quantization(op, q);
+  check_numbers(op, scale, zero_point, q.quant_min, q.quant_max);
   Prepared p = prepare(input, in_place);
-  ObserveJob job{};
-  job.affine = affine_job(p, dtype, scale_pointer(state.scale), zero_point_pointer(state.zero_point), q, axis);
-  job.range = static_cast<float*>(state.range.mutable_data_ptr());
-  job.scale = static_cast<float*>(state.scale.mutable_data_ptr());
-  job.zero_point = static_cast<int32_t*>(state.zero_point.mutable_data_ptr());
-  job.step = static_cast<int64_t*>(state.step.mutable_data_ptr());
-  job.affine.range = job.range;
-  job.affine.step = job.step;
-  job.affine.quant_start_step = o.quant_start_step;
-  job.momentum = static_cast<float>(o.momentum);
-  job.symmetric = o.symmetric;
-  job.observe = o.observe;
-  job.advance_step = o.advance_step;
+  AffineJob job = affine_job(p, dtype, q, std::nullopt);
+  job.scale_number = static_cast<float>(scale);
+  job.zero_point_number = static_cast<int32_t>(zero_point);
   Backend::run(job, input);
   return p;
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& input, const Tensor& range, const Tensor& scale,
-                                                 const Tensor& zero_point, const Tensor& step, int64_t quant_min,
-                                                 int64_t quant_max, bool symmetric, Axis axis, double momentum,
-                                                 int64_t quant_start_step, bool observe, bool advance_step, double low,
-                                                 double high) {
-  Prepared p = observe_into<Backend>("observe_fake_quantize", input, {range, scale, zero_point, step},
-                                     {quant_min, quant_max, low, high},
-                                     {symmetric, momentum, quant_start_step, observe, advance_step}, axis, false);
-  return {std::move(p.fresh), std::move(p.mask)};
+std::tuple<Tensor, Tensor> fake_quantize_number(const Tensor& input, double scale, int64_t zero_point,
+                                                int64_t quant_min, int64_t quant_max, Bound low, Bound high) {
+  return output_and_mask(quantize_number<Backend>("fake_quantize", input, scale, zero_point,
+                                                  {quant_min, quant_max, false, low, high}, false));
 }
 
 template <class Backend>
-Tensor observe_fake_quantize_(const Tensor& input, const Tensor& range, const Tensor& scale, const Tensor& zero_point,
-                              const Tensor& step, int64_t quant_min, int64_t quant_max, bool symmetric, Axis axis,
-                              double momentum, int64_t quant_start_step, bool observe, bool advance_step, double low,
-                              double high) {
-  Prepared p = observe_into<Backend>("observe_fake_quantize_", input, {range, scale, zero_point, step},
-                                     {quant_min, quant_max, low, high},
-                                     {symmetric, momentum, quant_start_step, observe, advance_step}, axis, true);
-  write_back(p, input);
-  return std::move(p.mask);
+Tensor fake_quantize_number_(const Tensor& input, double scale, int64_t zero_point, int64_t quant_min,
+                             int64_t quant_max, Bound low, Bound high) {
+  return mask_alone(quantize_number<Backend>("fake_quantize_", input, scale, zero_point,
+                                             {quant_min, quant_max, false, low, high}, true),
+                    input);
+}
+
+// With the grids of `range`; widens `pending` unless that is null.
+template <class Backend>
+Prepared quantize_in_range(const char* op, const char* range_name, const Tensor& input, const Tensor& range,
+                           const Tensor* pending, const Quantization& q, Axis axis, bool in_place) {
+  check_same_device(op, range_name, range, input);
+  if (pending != nullptr) check_same_device(op, "pending", *pending, input);
+  const DType dtype = check_floating(op, "input", input);
+  check_dtype(op, range_name, range, aoti_torch_dtype_float32());
+  if (pending != nullptr) check_dtype(op, "pending", *pending, aoti_torch_dtype_float32());
+  axis = check_axis(op, input, axis);
+  const int64_t channels = channels_of(input, axis);
+  check_range(op, range_name, range, channels);
+  if (pending != nullptr) {
+    check_range(op, "pending", *pending, channels);
+    check_contiguous(op, "pending", *pending);
+  }
+  check_quantization(op, q);
+  const Dense dense_range(range, Layout::kContiguous);
+  Prepared p = prepare(input, in_place);
+  AffineJob job = affine_job(p, dtype, q, axis);
+  job.range = pointer<float>(*dense_range);
+  if (pending != nullptr) job.pending = mutable_pointer<float>(*pending);
+  Backend::run(job, input);
+  return p;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fake_quantize_in_range(const Tensor& input, const Tensor& range, int64_t quant_min,
+                                                  int64_t quant_max, bool symmetric, Axis axis, Bound low, Bound high) {
+  return output_and_mask(quantize_in_range<Backend>("fake_quantize_in_range", "range", input, range, nullptr,
+                                                    {quant_min, quant_max, symmetric, low, high}, axis, false));
+}
+
+template <class Backend>
+Tensor fake_quantize_in_range_(const Tensor& input, const Tensor& range, int64_t quant_min, int64_t quant_max,
+                               bool symmetric, Axis axis, Bound low, Bound high) {
+  return mask_alone(quantize_in_range<Backend>("fake_quantize_in_range_", "range", input, range, nullptr,
+                                               {quant_min, quant_max, symmetric, low, high}, axis, true),
+                    input);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& input, const Tensor& active, const Tensor& pending,
+                                                 int64_t quant_min, int64_t quant_max, bool symmetric, Axis axis,
+                                                 Bound low, Bound high) {
+  return output_and_mask(quantize_in_range<Backend>("observe_fake_quantize", "active", input, active, &pending,
+                                                    {quant_min, quant_max, symmetric, low, high}, axis, false));
+}
+
+template <class Backend>
+Tensor observe_fake_quantize_(const Tensor& input, const Tensor& active, const Tensor& pending, int64_t quant_min,
+                              int64_t quant_max, bool symmetric, Axis axis, Bound low, Bound high) {
+  return mask_alone(quantize_in_range<Backend>("observe_fake_quantize_", "active", input, active, &pending,
+                                               {quant_min, quant_max, symmetric, low, high}, axis, true),
+                    input);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> fake_quantize_current(const Tensor& input, const std::optional<Tensor>& active,
+                                                 int64_t quant_min, int64_t quant_max, bool symmetric, Axis axis) {
+  constexpr const char* kOp = "fake_quantize_current";
+  if (active.has_value()) check_same_device(kOp, "active", *active, input);
+  RangeJob range_job{};
+  range_job.dtype = check_floating(kOp, "input", input);
+  if (active.has_value()) check_dtype(kOp, "active", *active, aoti_torch_dtype_float32());
+  axis = check_axis(kOp, input, axis);
+  if (active.has_value()) {
+    check_range(kOp, "active", *active, 1);
+    check_contiguous(kOp, "active", *active);
+    range_job.active = pointer<float>(*active);
+  }
+  const Quantization q(quant_min, quant_max, symmetric, {}, {});
+  check_quantization(kOp, q);
+  Prepared p = prepare(input, false);
+  AffineJob job = affine_job(p, range_job.dtype, q, axis);
+  if (input.numel() == 0) return output_and_mask(std::move(p));
+  const Tensor range = empty_vector(input, 2 * job.view.channels, aoti_torch_dtype_float32());
+  range_job.input = job.input;
+  range_job.view = job.view;
+  range_job.range = mutable_pointer<float>(range);
+  job.range = range_job.range;
+  Backend::run(range_job, input);
+  Backend::run(job, input);
+  return output_and_mask(std::move(p));
 }
 
 template <class Backend>
@@ -264,6 +295,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize_.per_tensor", Boxed<&fake_quantize_per_tensor_<Backend>>::call);
   m.impl("fake_quantize.number", Boxed<&fake_quantize_number<Backend>>::call);
   m.impl("fake_quantize_.number", Boxed<&fake_quantize_number_<Backend>>::call);
+  m.impl("fake_quantize_in_range", Boxed<&fake_quantize_in_range<Backend>>::call);
+  m.impl("fake_quantize_in_range_", Boxed<&fake_quantize_in_range_<Backend>>::call);
+  m.impl("fake_quantize_current", Boxed<&fake_quantize_current<Backend>>::call);
   m.impl("observe_fake_quantize", Boxed<&observe_fake_quantize<Backend>>::call);
   m.impl("observe_fake_quantize_", Boxed<&observe_fake_quantize_<Backend>>::call);
   m.impl("straight_through", Boxed<&straight_through<Backend>>::call);

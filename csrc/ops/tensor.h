@@ -8,13 +8,29 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
+
+// From torch 2.13 on; null in an older one.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace qk::ops {
+
+// Throws what torch says of a call that failed. Before 2.13 torch tells nobody: it writes to stderr.
+inline void check_torch(AOTITorchError error) {
+  if (error == TORCH_SUCCESS) return;
+  const bool tells = torch_exception_get_what_without_backtrace != nullptr;
+  throw std::runtime_error(std::string("quantkernels: ") + (tells ? torch_exception_get_what_without_backtrace()
+                                                                  : "a call of torch failed, see stderr"));
+}
 
 // Sole owner of a handle, or empty. All but the pointers is as in at::Tensor.
 class Tensor {
@@ -32,6 +48,9 @@ class Tensor {
   const int64_t* sizes() const { return ask<int64_t*>(aoti_torch_get_sizes); }
   const int64_t* strides() const { return ask<int64_t*>(aoti_torch_get_strides); }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  bool has_shape_of(const Tensor& other) const {
+    return dim() == other.dim() && std::equal(sizes(), sizes() + dim(), other.sizes());
+  }
   // As LibTorch numbers them: aoti_torch_dtype_float32(), aoti_torch_device_type_cpu() and so on.
   int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
   int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
@@ -47,7 +66,7 @@ class Tensor {
   template <class T>
   T ask(AOTITorchError (*question)(AtenTensorHandle, T*)) const {
     T answer{};
-    STABLE_TORCH_ERROR_CODE_CHECK(question(get(), &answer));
+    check_torch(question(get(), &answer));
     return answer;
   }
 
@@ -58,8 +77,7 @@ class Tensor {
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
                             int32_t dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
+  check_torch(aoti_torch_empty_strided(dims, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -70,15 +88,11 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
 }
 
 inline void copy_into(const Tensor& target, const Tensor& source) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(target.get(), source.get(), 0));
+  check_torch(aoti_torch_copy_(target.get(), source.get(), 0));
 }
 
-inline void fill(const Tensor& target, double value) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_fill__Scalar(target.get(), value));
-}
-
-// The kernel of a function of tensors and numbers that returns a tensor or a tuple of them: it takes the arguments off
-// the stack and leaves the results there.
+// The kernel of a function of tensors and numbers that returns nothing, a tensor or a tuple of them: it takes the
+// arguments off the stack and leaves the results there.
 template <auto function>
 struct Boxed;
 
@@ -87,14 +101,19 @@ struct Boxed<function> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
     STD_TORCH_CHECK(arguments == sizeof...(Parameters) && results == kResults,
                     "quantkernels: a schema and its function differ");
-    leave(stack, std::apply(function, take(stack, std::index_sequence_for<Parameters...>{})));
+    const Arguments arguments_of_call = take(stack, std::index_sequence_for<Parameters...>{});
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(function, arguments_of_call);
+    } else {
+      leave(stack, std::apply(function, arguments_of_call));
+    }
   }
 
  private:
   using Arguments = std::tuple<std::decay_t<Parameters>...>;
 
   template <class T>
-  struct Count : std::integral_constant<uint64_t, 1> {};
+  struct Count : std::integral_constant<uint64_t, std::is_void_v<T> ? 0 : 1> {};
   template <class... T>
   struct Count<std::tuple<T...>> : std::integral_constant<uint64_t, sizeof...(T)> {};
   static constexpr uint64_t kResults = Count<Result>::value;
@@ -103,6 +122,15 @@ struct Boxed<function> {
   static T argument(StableIValue value) {
     if constexpr (std::is_same_v<T, Tensor>) {
       return Tensor(torch::stable::detail::to<AtenTensorHandle>(value));
+    } else if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+      const std::optional<AtenTensorHandle> handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
+      return handle.has_value() ? T(Tensor(*handle)) : T();
+    } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+      T tensors;
+      for (AtenTensorHandle handle : torch::stable::detail::to<std::vector<AtenTensorHandle>>(value)) {
+        tensors.emplace_back(handle);
+      }
+      return tensors;
     } else {
       return torch::stable::detail::to<T>(value);
     }

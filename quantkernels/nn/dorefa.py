@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels.nn.fake_quantize import clamped
 
 OFF = 32
 """The bit width that DoReFa-Net's tables use for 'not quantized'."""
@@ -24,10 +28,19 @@ class DoReFaWeight(nn.Module):
         super().__init__()
         _check_bits("DoReFaWeight", bits)
         self.bits = bits
+        self.enabled = True
+        self.has_run = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the quantized `weight`: same shape, dtype and memory format; one scale for the whole tensor."""
-        return weight if self.bits == OFF else functional.dorefa_weight(weight, self.bits)
+        _note_run(self)
+        if self.bits == OFF or not self.enabled:
+            return weight
+        return functional.dorefa_weight(weight, self.bits)
+
+    def grid(self) -> dict[str, Any]:
+        """What a state_dict tells of the grid."""
+        return {"bits": self.bits}
 
     def extra_repr(self) -> str:
         """The bit width."""
@@ -40,19 +53,32 @@ class DoReFaActivation(nn.Module):
     Args:
         bits: 1 to 16, or 32 for the identity (then nothing is clamped).
         inplace: write the result into the input.
+        bounds: (low, high) of the clamp-type activation whose place it takes, which it is where it is switched off.
 
     Source: Zhou et al. 2016, https://arxiv.org/abs/1606.06160, section 2.4.
     """
 
-    def __init__(self, bits: int, inplace: bool = False) -> None:
+    def __init__(self, bits: int, inplace: bool = False, bounds: tuple[float, float] | None = None) -> None:
         super().__init__()
         _check_bits("DoReFaActivation", bits)
         self.bits = bits
         self.inplace = inplace
+        self.bounds = bounds
+        self.enabled = True
+        self.has_run = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the quantized `input`: same shape, dtype and memory format."""
-        return input if self.bits == OFF else functional.dorefa_activation(input, self.bits, inplace=self.inplace)
+        _note_run(self)
+        if self.bits == OFF:
+            return input
+        if not self.enabled:
+            return input if self.bounds is None else clamped(input, self.bounds, self.inplace)
+        return functional.dorefa_activation(input, self.bits, inplace=self.inplace)
+
+    def grid(self) -> dict[str, Any]:
+        """What a state_dict tells of the grid."""
+        return {"bits": self.bits}
 
     def extra_repr(self) -> str:
         """The bit width, and whether the input is overwritten."""
@@ -64,6 +90,7 @@ class DoReFaGradient(nn.Module):
 
     The first axis is the batch: each sample's gradient has its own scale. Rounding is stochastic. The noise depends on
     the seed and on the number of backward passes so far, both of which are in the state_dict: a resumed run repeats.
+    The processes of torch.distributed share them, but each draws other noise.
 
     Args:
         bits: 1 to 16, or 32 for the identity.
@@ -88,17 +115,30 @@ class DoReFaGradient(nn.Module):
             raise ValueError(f"DoReFaGradient: expected `seed` to be in 0..2**63-1, but got {seed}")
         self.bits = bits
         self.inplace = inplace
+        self.enabled = True
+        self.has_run = False
         self.register_buffer("rng_state", torch.tensor([seed, 0], dtype=torch.int64))
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `input` itself; in training mode its gradient will be quantized."""
-        if self.bits == OFF or not self.training:
+        _note_run(self)
+        if self.bits == OFF or not (self.training and self.enabled):
             return input
-        return functional.dorefa_gradient(input, self.rng_state, self.bits, inplace=self.inplace)
+        stream = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return functional.dorefa_gradient(input, self.rng_state, self.bits, inplace=self.inplace, stream=stream)
+
+    def grid(self) -> dict[str, Any]:
+        """What a state_dict tells of the grid."""
+        return {"bits": self.bits}
 
     def extra_repr(self) -> str:
         """The bit width, and whether the result is the input itself."""
         return f"bits={self.bits}" + (", inplace=True" if self.inplace else "")
+
+
+def _note_run(module: nn.Module) -> None:
+    if not torch.compiler.is_compiling():
+        vars(module)["has_run"] = True
 
 
 def _check_bits(module: str, bits: object) -> None:

@@ -1,177 +1,256 @@
-"""FakeQuantize: an observer, its quantization grid and the fake quantization of a tensor, as one module."""
+"""FakeQuantize: the fake quantization of a tensor with a range that it observes, or with the tensor's own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels.nn.observers import Observers
 
 Dtype = Literal["uint", "int"]
 Scheme = Literal["per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"]
 
 
 class FakeQuantize(nn.Module):
-    """Observes the range of a tensor and fake-quantizes it, in one op.
+    """Fake-quantizes a tensor and, while it trains, observes its range in the same pass.
 
-    In training mode each call folds the input's range into a moving average, derives scale and zero point from it and
-    quantizes with them; in evaluation mode the stored scale and zero point are used and no buffer changes. A tensor
-    whose range has never been observed passes unquantized, and so does one before `quant_start_step` (observation
-    starts at once). The gradient passes where the input lies inside the grid (straight-through) and is zero elsewhere.
+    The range is a moving average of the extrema seen in training. A step quantizes with the range known before it, and
+    what it has seen enters the range at its end: a module used alone takes each call in training mode for a step, a
+    quantizer begins and ends the steps of all its modules together. So the first step, whose range has seen nothing
+    yet, passes unquantized. Evaluation quantizes with the range and changes no buffer. The gradient passes where the
+    input lies inside the grid (straight-through) and is zero elsewhere.
+
+    With `dynamic`, the range is that of the tensor itself, at every call, and there is no state, as suits a weight.
 
     With `bounds`, the module is a clamp-type activation and its fake quantization in one: (0, inf) is ReLU, (0, 6)
     ReLU6, (a, b) Hardtanh.
 
     Args:
         bits: width of the integer grid, 1 to 16; at least 2 for a symmetric scheme.
-        dtype: 'uint' or 'int', the integers of the grid.
-        scheme: 'per_tensor_affine', 'per_tensor_symmetric', 'per_channel_affine' or 'per_channel_symmetric'.
+        quant_dtype: 'uint' or 'int', the integers of the grid.
+        quant_scheme: 'per_tensor_affine', 'per_tensor_symmetric', 'per_channel_affine' or 'per_channel_symmetric'.
         axis: the channel axis of a per-channel scheme; ignored per tensor.
-        momentum: weight of the newest range in the moving average, in (0, 1]; 1 uses the current range alone, as suits
-            a weight.
-        channels: size of the input along `axis`; required by per-channel schemes, and by them only.
-        quant_start_step: number of steps that only observe, before quantization begins.
+        momentum: weight of a step's extrema in the moving average, in (0, 1]; 1 takes the last step's alone.
+        channels: size of the input along `axis`; required by per-channel schemes that observe, and by them only.
+        dynamic: quantize with the input's own range; nothing is observed.
         bounds: (low, high) of the clamp-type activation in front of the quantization; None when there is none.
         inplace: write the result into the input.
-        advance_step: whether a call in training mode counts as a step. False where something else counts, such as an
-            optimizer's hook.
 
     Attributes:
-        range: float32 buffer [2] or [2, channels], minimum and maximum; (inf, -inf) until first observed.
-        scale: float32 buffer [1] or [channels].
-        zero_point: int32 buffer [1] or [channels].
-        step: int64 buffer [], the steps counted so far.
+        range: float32 buffer [2] or [2, channels], minimum and maximum; (0, 0) until something was observed. None with
+            `dynamic`. Scale and zero point follow from it.
+        active: float32 [2] or [2, channels], the range that the current step quantizes with. Not in the state_dict.
+        pending: float32 [2] or [2, channels], the extrema seen in the current step. Not in the state_dict.
+        enabled: False passes the input unquantized (but clamped); nothing is observed then.
+        frozen: True keeps the range as it is in training too.
+        calibrating: True observes in evaluation mode too; set by `Quantizer.calibrate`.
+        has_run, has_range: whether it has been called, and whether its range has been set; what a model's first
+            training forwards report. Not tracked under torch.compile.
 
     Shapes: input of any shape, float32, float64, float16 or bfloat16; the output has its shape, dtype and memory
-    format. The buffers keep their dtypes when the module is converted with `half()`, `double()` or `to(dtype)`.
+    format. The range stays float32 when the module is converted with `half()`, `double()` or `to(dtype)`.
 
     Raises:
-        ValueError: an argument is out of range, or `channels` does not go with the scheme.
+        ValueError: an argument is out of range, or two of them do not go together.
         TypeError: an argument has the wrong type.
 
     Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
     """
 
     _buffers: dict[str, Tensor]  # type: ignore[assignment]
-    range: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    step: Tensor
+    range: Tensor | None
 
     def __init__(
         self,
         bits: int = 8,
-        dtype: Dtype = "uint",
-        scheme: Scheme = "per_tensor_affine",
+        quant_dtype: Dtype = "uint",
+        quant_scheme: Scheme = "per_tensor_affine",
         axis: int = 0,
         momentum: float = 0.01,
         *,
         channels: int | None = None,
-        quant_start_step: int = 0,
+        dynamic: bool = False,
         bounds: Sequence[float] | None = None,
         inplace: bool = False,
-        advance_step: bool = True,
     ) -> None:
         super().__init__()
-        _check_grid(bits, dtype, scheme)
+        _check_grid(bits, quant_dtype, quant_scheme)
         _check_integer("axis", axis)
-        _check_integer("quant_start_step", quant_start_step, minimum=0)
-        if not isinstance(momentum, int | float):
+        if not isinstance(momentum, int | float) or isinstance(momentum, bool):
             raise TypeError(f"FakeQuantize: expected `momentum` to be a number, but got {momentum!r}")
         if not 0 < momentum <= 1:
             raise ValueError(f"FakeQuantize: expected `momentum` to be in (0, 1], but got {momentum!r}")
-        per_channel = scheme.startswith("per_channel")
-        if per_channel:
-            if channels is None:
-                raise ValueError(f"FakeQuantize: expected `channels` to be given with scheme {scheme!r}, but got None")
-            _check_integer("channels", channels, minimum=1)
-        elif channels is not None:
-            raise ValueError(f"FakeQuantize: expected `channels` to be None with scheme {scheme!r}, but got {channels}")
+        per_channel = quant_scheme.startswith("per_channel")
+        _check_channels(channels, per_channel, dynamic, quant_scheme)
+        if dynamic and (bounds is not None or inplace):
+            raise ValueError("FakeQuantize: expected `bounds` and `inplace` not to be given with `dynamic`")
         self.bits = bits
-        self.dtype = dtype
-        self.scheme = scheme
+        self.quant_dtype: Dtype = quant_dtype
+        self.quant_scheme: Scheme = quant_scheme
         self.axis = axis if per_channel else None
         self.channels = channels
         self.momentum = float(momentum)
-        self.quant_start_step = quant_start_step
+        self.dynamic = dynamic
         self.bounds = _checked_bounds(bounds)
         self.inplace = inplace
-        self.advance_step = advance_step
-        self.symmetric = scheme.endswith("symmetric")
-        self.quant_min, self.quant_max = functional.quant_range(bits, dtype, self.symmetric)
+        self.symmetric = quant_scheme.endswith("symmetric")
+        self.quant_min, self.quant_max = functional.quant_range(bits, quant_dtype, self.symmetric)
+        self.enabled = True
+        self.frozen = False
+        self.calibrating = False
+        self.has_run = False
+        self.has_range = False
+        self.delayed = False
 
-        zero_point = 2 ** (bits - 1) if self.symmetric and dtype == "uint" else 0
-        unobserved = torch.tensor([math.inf, -math.inf])
-        self.register_buffer("range", unobserved if channels is None else unobserved[:, None].repeat(1, channels))
-        self.register_buffer("scale", torch.ones(channels or 1))
-        self.register_buffer("zero_point", torch.full((channels or 1,), zero_point, dtype=torch.int32))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        shape = (2,) if channels is None else (2, channels)
+        unseen = torch.zeros(shape, dtype=torch.float32)
+        self.register_buffer("range", None if dynamic else unseen)
+        self.active = unseen.clone()
+        self.pending = unseen.clone()
+        self._everything = torch.tensor([0.0, 1.0], dtype=torch.float32)
+        self.scratch_step = torch.zeros((), dtype=torch.int64)
+        self.observers = Observers([self])
+
+    @property
+    def observed_range(self) -> Tensor:
+        """The range that steps begin with; for a dynamic quantizer one that has seen something, whatever it holds."""
+        return self._everything if self.dynamic else self._buffers["range"]
+
+    def reset_parameters(self) -> None:
+        """Forgets the range: it has seen nothing again."""
+        with torch.no_grad():
+            for tensor in (self._buffers["range"], self.active, self.pending):
+                if tensor is not None:
+                    tensor.zero_()
+        self.has_range = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns the fake-quantized `input`, observing it first in training mode."""
-        training = self.training
-        return self._quantize(input, training, training and self.advance_step, self.inplace)
+        """Returns the fake-quantized `input`; in training mode it is observed as well."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["has_run"] = True
+        if not self.enabled:
+            return input if self.bounds is None else clamped(input, self.bounds, self.inplace)
+        if self.dynamic:
+            return functional.fake_quantize_current(
+                input,
+                self.quant_min,
+                self.quant_max,
+                symmetric=self.symmetric,
+                axis=self.axis,
+                active=self.active if self.delayed and self.training else None,
+            )
+        if not (self.training or self.calibrating):
+            return self._quantized(input, self._buffers["range"])
+        observers = self.observers
+        if observers.in_step or observers.by_optimizer:
+            return self._observed(input)
+        observers.begin((self,))
+        output = self._observed(input)
+        observers.end((self,))
+        return output
 
-    @torch.no_grad()
-    def observe(self, input: Tensor) -> None:
-        """Updates range, scale and zero point from `input`; neither counts a step nor changes `input`."""
-        self._quantize(input.detach(), observe=True, advance_step=False, inplace=False)
-
-    def _quantize(self, input: Tensor, observe: bool, advance_step: bool, inplace: bool) -> Tensor:
-        buffers = self._buffers  # looking them up as attributes takes a fifth of a small tensor's time
+    def _observed(self, input: Tensor) -> Tensor:
+        if self.frozen and not self.calibrating:
+            return self._quantized(input, self.active)
+        if not torch.compiler.is_compiling():
+            self.__dict__["has_range"] = True
         return functional.observe_fake_quantize(
             input,
-            buffers["range"],
-            buffers["scale"],
-            buffers["zero_point"],
-            buffers["step"],
+            self.active,
+            self.pending,
             self.quant_min,
             self.quant_max,
             symmetric=self.symmetric,
             axis=self.axis,
-            momentum=self.momentum,
-            quant_start_step=self.quant_start_step,
-            observe=observe,
-            advance_step=advance_step,
             bounds=self.bounds,
-            inplace=inplace,
+            inplace=self.inplace,
+        )
+
+    def _quantized(self, input: Tensor, observed_range: Tensor) -> Tensor:
+        return functional.fake_quantize_in_range(
+            input,
+            observed_range,
+            self.quant_min,
+            self.quant_max,
+            symmetric=self.symmetric,
+            axis=self.axis,
+            bounds=self.bounds,
+            inplace=self.inplace,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
-        # A scale rounded to half precision would be another grid, so a conversion moves the buffers but keeps dtypes.
-        before = dict(self._buffers)
+        # A range rounded to half precision would be another grid, so a conversion moves it but keeps its dtype.
+        before = self._buffers["range"]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
+        after = self._buffers["range"]
+        if after is not None and after.dtype != torch.float32:
+            after = self._buffers["range"] = before.to(after.device)
+        device = after.device if after is not None else fn(self._everything).device
+        for name in ("active", "pending", "scratch_step"):
+            tensor: Tensor = getattr(self, name)
+            if tensor.device != device:
+                moved = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+                setattr(self, name, moved)
+        if self._everything.device != device:  # made anew, since a tensor on the meta device has lost its value
+            self._everything = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the group, which holds the model: a copied part of a model does not bring all of it along."""
+        return {name: value for name, value in vars(self).items() if name != "observers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Is used alone, unless the group is restored as well."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        vars(self).setdefault("observers", Observers([self]))
+
+    def grid(self) -> dict[str, Any]:
+        """What a state_dict tells of the grid."""
+        grid = {"bits": self.bits, "dtype": self.quant_dtype, "scheme": self.quant_scheme}
+        return grid if self.axis is None else {**grid, "axis": self.axis}
 
     def extra_repr(self) -> str:
         """Describes the grid, and those options that differ from their defaults."""
-        parts = [f"bits={self.bits}, dtype={self.dtype}, scheme={self.scheme}"]
+        parts = [f"bits={self.bits}, quant_dtype={self.quant_dtype}, quant_scheme={self.quant_scheme}"]
         if self.axis is not None:
-            parts.append(f"axis={self.axis}, channels={self.channels}")
-        parts.append(f"momentum={self.momentum:g}")
-        if self.quant_start_step:
-            parts.append(f"quant_start_step={self.quant_start_step}")
+            parts.append(f"axis={self.axis}" + (f", channels={self.channels}" if self.channels else ""))
+        parts.append("dynamic=True" if self.dynamic else f"momentum={self.momentum:g}")
         if self.bounds is not None:
             parts.append(f"bounds={self.bounds}")
-        if self.inplace:
-            parts.append("inplace=True")
+        parts += [f"{name}=True" for name in ("inplace", "frozen") if getattr(self, name)]
+        if not self.enabled:
+            parts.append("enabled=False")
         return ", ".join(parts)
 
 
+def clamped(input: Tensor, bounds: tuple[float, float], inplace: bool) -> Tensor:
+    """The clamp-type activation with these bounds, by torch's own operators."""
+    if bounds == (0.0, math.inf):
+        return nn.functional.relu(input, inplace)
+    return nn.functional.hardtanh(input, *bounds, inplace)
+
+
 def _check_grid(bits: object, dtype: object, scheme: object) -> None:
-    for name, value, known in (("dtype", dtype, get_args(Dtype)), ("scheme", scheme, get_args(Scheme))):
+    for name, value, known in (("quant_dtype", dtype, get_args(Dtype)), ("quant_scheme", scheme, get_args(Scheme))):
         if value not in known:
             raise ValueError(f"FakeQuantize: expected `{name}` to be one of {', '.join(known)}, but got {value!r}")
     minimum = 2 if str(scheme).endswith("symmetric") else 1
     _check_integer("bits", bits, minimum=minimum, maximum=16)
+
+
+def _check_channels(channels: object, per_channel: bool, dynamic: bool, scheme: str) -> None:
+    if per_channel and not dynamic:
+        if channels is None:
+            raise ValueError(f"FakeQuantize: expected `channels` to be given with {scheme!r}, but got None")
+        _check_integer("channels", channels, minimum=1)
+    elif channels is not None:
+        why = "`dynamic`" if dynamic else repr(scheme)
+        raise ValueError(f"FakeQuantize: expected `channels` to be None with {why}, but got {channels}")
 
 
 def _check_integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:

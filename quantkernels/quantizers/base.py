@@ -1,30 +1,46 @@
-"""Quantizer: instruments a model as its configuration says, and gives the float model back."""
+"""Quantizer: compresses a model as its configuration says, and gives the float model back."""
 
 from __future__ import annotations
 
 import abc
 import functools
 import itertools
-from dataclasses import dataclass, field
-from typing import ClassVar
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from quantkernels.nn.dorefa import OFF
-from quantkernels.quantizers import instrumentation
+from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.observers import STEP, Observers
+from quantkernels.quantizers import layers as layers_
+from quantkernels.quantizers import model as model_
 from quantkernels.quantizers.config import (
+    DEFAULT_OP_TYPES,
     Entry,
     Grammar,
+    NamedModule,
     QuantType,
     deciding_entry,
     named_modules,
     parse_config_list,
 )
+from quantkernels.quantizers.summary import Summary, summarize
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_FORWARDS_BEFORE_THE_REPORT = 3
+_LISTED = 20  # how many layers a message lists
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | dict[str, Any]
+"""A tensor, a tuple or list of positional arguments, or a dict of named ones."""
 
 
 @dataclass(eq=False)
@@ -33,11 +49,11 @@ class QuantizedLayer:
 
     Attributes:
         name: its name in the model; the first, when it has several.
-        module: the user's own module. An activation that is replaced while the model is compressed is kept here.
+        module: the layer, which stays the user's own module.
         op_type: its class name.
         entry: the configuration entry that decides it.
         quantizers: the module that quantizes each quant type; for 'input' an InputQuantizers.
-        undo: what takes the instrumentation back, to be called in reverse.
+        fused: whether the output's quantizer computes the activation as well.
     """
 
     name: str
@@ -45,7 +61,7 @@ class QuantizedLayer:
     op_type: str
     entry: Entry
     quantizers: dict[QuantType, nn.Module] = field(default_factory=dict)
-    undo: list[instrumentation.Undo] = field(default_factory=list)
+    fused: bool = False
 
     def __str__(self) -> str:
         """The name and the class name."""
@@ -55,27 +71,36 @@ class QuantizedLayer:
 class Quantizer(abc.ABC):
     """Base of the quantizers. `compress()` instruments the model in place, `decompress()` gives the float model back.
 
-    A weight becomes a parametrization of the layer (torch.nn.utils.parametrize): its Parameter stays the same object,
-    so an optimizer built before goes on working. An input is quantized by a forward pre-hook; an output by a forward
-    hook, or by one fused module in the place of a clamp-type activation; a gradient by a forward hook. All state is
-    in buffers of the model, hence in its state_dict, and a checkpoint loads strictly into a freshly compressed model.
-    A compressed model can be deep-copied, pickled and compiled. (An optimizer's own state_dict knows parameters by
-    their order, and a compressed model lists a weight after its layer's bias: build the optimizer on the same side of
-    `compress()` in runs that exchange such states.)
+    The compressed model is still the user's: every module and every parameter is the same object under the same name,
+    in the same order, and `layer.weight` is the float weight, which the layer quantizes inside its own call. So
+    optimizers, initialisers, averaged models, tied weights, adapters, DDP and FSDP2 need not know of it, and a
+    state_dict is the float model's with some keys more; the float model's loads too. A compressed model can be copied,
+    pickled, compiled and exported; `Quantizer.of(model)` gives its quantizer.
 
     'input' is every argument of the layer's forward that has no default and is a floating-point tensor, each with its
     own range (Bilinear has two); indices, as of an Embedding, pass. 'output' and 'gradient' are about the tensor that
-    the layer returns, or the first floating-point tensor of a tuple, list or dict.
+    the layer returns, or the first floating-point tensor of a tuple, list or dict. The output of a clamp-type
+    activation is quantized together with the activation, in one operator.
 
-    A module that stands in the model under several names is one layer.
+    A step is one forward of the whole model in training mode, however often it calls a layer; with an optimizer, it is
+    a step of the optimizer, as gradient accumulation, pipelines and several forwards before one backward need. A module
+    that stands in the model under several names is one layer.
+
+    Compress before wrapping in DistributedDataParallel, fully_shard or torch.compile. (Applied to a model that was
+    sharded or wrapped before, its inner module given, it works as well.)
 
     Args:
         model: the model to quantize; left alone until `compress()`.
         config_list: see the quantizers.
+        optimizer: see `attach_optimizer`.
+        dummy_input: a tensor, a tuple or list of positional arguments, or a dict of named ones. `compress()` runs the
+            quantized model on it, in evaluation mode, sets the ranges from it, and leaves the model as it was if that
+            fails.
 
     Attributes:
         model: the model.
         layers: the instrumented layers; empty while the model is not compressed.
+        observers: those of the quantizers that observe; begins and ends the steps.
 
     Raises:
         TypeError, ValueError: the configuration is wrong, or cannot be applied to the model; nothing is instrumented.
@@ -83,14 +108,47 @@ class Quantizer(abc.ABC):
 
     grammar: ClassVar[Grammar]
 
-    def __init__(self, model: nn.Module, config_list: object) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: object,
+        optimizer: torch.optim.Optimizer | None = None,
+        dummy_input: Batch | None = None,
+    ) -> None:
+        name = type(self).__name__
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{type(self).__name__}: expected `model` to be a torch.nn.Module, but got {type(model)}")
+            raise TypeError(f"{name}: expected `model` to be a torch.nn.Module, but got {type(model)}")
+        _check_is_not_wrapped(name, model)
+        if dummy_input is not None and not isinstance(dummy_input, Tensor | tuple | list | dict):
+            raise TypeError(
+                f"{name}: expected `dummy_input` to be a tensor, or a tuple or dict of arguments, but got "
+                f"{dummy_input!r}"
+            )
         self.model = model
         self.entries = parse_config_list(config_list, self.grammar, model)
+        self.dummy_input = dummy_input
         self.layers: list[QuantizedLayer] = []
-        self._compressed = False
+        self.observers = Observers(())
+        self.optimizer = None if optimizer is None else _innermost(name, optimizer)
+        self._optimizer_hook: RemovableHandle | None = None
+        self._begins_with_forward = False
+        self._training_forwards = 0
+        self._has_reported_evaluation = False
         self._planned_layers()
+
+    @staticmethod
+    def of(model: nn.Module) -> Quantizer:
+        """The quantizer of a compressed model: also of one that was copied, unpickled, wrapped or compiled.
+
+        Raises:
+            ValueError: the model is not compressed.
+        """
+        quantizer, inner = model_.quantizer_of(model), _wrapped(model)
+        while quantizer is None and inner is not None:
+            quantizer, inner = model_.quantizer_of(inner), _wrapped(inner)
+        if quantizer is None:
+            raise ValueError(f"Quantizer.of: expected `model` to be a compressed model, but got {type(model).__name__}")
+        return quantizer
 
     @abc.abstractmethod
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
@@ -103,6 +161,11 @@ class Quantizer(abc.ABC):
         """
         return None
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether `compress()` has been called, and `decompress()` not since."""
+        return model_.quantizer_of(self.model) is self
+
     def compress(self) -> nn.Module:
         """Instruments the model and returns it.
 
@@ -110,23 +173,38 @@ class Quantizer(abc.ABC):
             RuntimeError: the model, or a layer to be instrumented, is compressed already.
             ValueError: the configuration no longer fits the model, which was changed in the meantime.
         """
-        if self._compressed:
-            raise RuntimeError(f"{type(self).__name__}: expected a float model, but compress() was called before")
-        layers = self._planned_layers()
-        for layer in layers:
-            if instrumentation.is_instrumented(layer.module):
-                raise RuntimeError(
-                    f"{type(self).__name__}: expected a float model, but its layer {layer} is quantized already"
-                )
-        self._compressed = True
+        name = type(self).__name__
+        if self.is_compressed:
+            raise RuntimeError(f"{name}: expected a float model, but compress() was called before")
+        planned = self._planned_layers()
+        for module_name, module in self.model.named_modules():
+            if layers_.is_instrumented(module) or model_.quantizer_of(module) is not None:
+                what = f"its layer {module_name!r}" if module_name else "it"
+                raise RuntimeError(f"{name}: expected a float model, but {what} is quantized already")
         try:
-            for layer in layers:
+            for layer in planned:
                 self.layers.append(layer)
                 self._instrument(layer)
+            self._instrument_around(planned)
+            model_.instrument(self.model, self)
+            self._group_observers()
+            if self.optimizer is not None:
+                self._hook_optimizer()
+            if self.dummy_input is not None:
+                self._try(self.dummy_input)
         except BaseException:
             self.decompress()
             raise
+        for doubt in self.doubts():
+            warnings.warn(f"{name}: {doubt}", UserWarning, stacklevel=2)
         return self.model
+
+    def doubts(self) -> list[str]:
+        """What the configuration asks for that users seldom mean, in words; compress() warns of it."""
+        ternary = [str(layer) for layer in self.layers if _is_ternary(layer)]
+        return (
+            [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
+        )
 
     def decompress(self) -> nn.Module:
         """Takes all instrumentation back and returns the float model, with the weights as trained.
@@ -134,16 +212,39 @@ class Quantizer(abc.ABC):
         The modules, their classes, the order of the parameters and the keys of the state_dict are what they were.
 
         Raises:
-            RuntimeError: the model is not compressed.
+            RuntimeError: the model is not compressed, or is wrapped in a way that cannot be undone here.
         """
-        if not self._compressed:
+        if not self.layers and not self.is_compressed:
             raise RuntimeError(f"{type(self).__name__}: expected a compressed model, but compress() was not called")
-        for layer in reversed(self.layers):
-            for undo in reversed(layer.undo):
-                undo()
+        if self.is_compressed:
+            model_.restore(self.model)
+        for module in self.model.modules():
+            if layers_.is_instrumented(module):
+                layers_.restore(module)
+            layers_.take_fast_path_again(module)
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+        self._optimizer_hook = None
         self.layers = []
-        self._compressed = False
+        self.observers = Observers(())
         return self.model
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes a step of `optimizer` the step of the quantizer, in place of a forward in training mode.
+
+        Ranges then change, and a delay counts, once per step of the optimizer, and everything that runs between two of
+        its steps quantizes with the same ranges. Needed where a step has several forwards and activation checkpointing
+        computes them again: gradient accumulation, pipelines.
+
+        Args:
+            optimizer: a torch optimizer, or Accelerate's or Lightning's wrapper of one.
+
+        Raises:
+            TypeError: `optimizer` is neither.
+        """
+        self.optimizer = _innermost(type(self).__name__, optimizer)
+        if self.is_compressed:
+            self._hook_optimizer()
 
     def step(self) -> None:  # noqa: B027
         """Does nothing; kept for training loops written for NNI, which call it after each optimizer step.
@@ -152,70 +253,466 @@ class Quantizer(abc.ABC):
         calling this neither is needed nor counts a step twice.
         """
 
+    def calibrate(
+        self,
+        batches: Iterable[Any],
+        forward: Callable[[nn.Module, Any], object] | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
+        """Sets the observed ranges from data, without training: each becomes the mean of the batches' extrema.
+
+        Batches that do not reach a layer, or in which it sees what is not finite, do not count for it. Frozen ranges
+        are set as well. If a batch raises, no range is changed.
+
+        The model runs in evaluation mode without gradients. Weights are quantized, tensors that are observed are not.
+
+        Args:
+            batches: tensors, tuples or lists of positional arguments, or dicts of named ones.
+            forward: runs the model on one batch, if its batches are something else: `lambda model, batch: ...`.
+            progress: show a progress bar where tqdm is installed.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError: there is no batch.
+        """
+        self._check_is_compressed("calibrate")
+        forward = forward or _call
+        observing = [member for member in self.observers.members if not member.dynamic]
+        count = 0
+        sums: dict[FakeQuantize, tuple[Tensor, Tensor]] = {}
+        with self._evaluation(), torch.no_grad():
+            try:
+                for member in observing:
+                    member.calibrating = True
+                for batch in _with_progress(batches, progress):
+                    count += 1
+                    self.observers.begin_unquantized()
+                    self.observers.in_step = True
+                    forward(self.model, batch)
+                    self.observers.add_to(sums)
+                self.observers.set_means(sums)
+            finally:
+                self.observers.in_step = False
+                self._begins_with_forward = self.observers.by_optimizer
+                for member in observing:
+                    member.calibrating = False
+        if count == 0:
+            raise ValueError(f"{type(self).__name__}.calibrate: expected `batches` to hold at least one, but got none")
+
+    def freeze_ranges(self) -> None:
+        """Keeps all ranges as they are while training goes on; quantization goes on with them."""
+        self._check_is_compressed("freeze_ranges")
+        for member in self.observers.members:
+            member.frozen = True
+
+    def unfreeze_ranges(self) -> None:
+        """Lets ranges follow the data again."""
+        self._check_is_compressed("unfreeze_ranges")
+        for member in self.observers.members:
+            member.frozen = False
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model computes in float: nothing is quantized, nothing observed."""
+        self._check_is_compressed("disabled")
+        modules = [module for module in self.quantizer_modules() if module.enabled]
+        for module in modules:
+            module.enabled = False
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.enabled = True
+
+    def summary(self, batch: Any = None, forward: Callable[[nn.Module, Any], object] | None = None) -> Summary:
+        """What is quantized, how, and what is not and why: printable, and a list of dataclasses.
+
+        Args:
+            batch: if given, the model runs on it once, in evaluation mode, and the rows tell the share of elements
+                clipped by the grid and the signal to quantization noise ratio of inputs and outputs.
+            forward: runs the model on `batch`, as in `calibrate`.
+
+        Returns:
+            Rows and notes; see Summary. This reads tensors, so it is not for the inside of a training step.
+        """
+        return summarize(self, batch, forward or _call)
+
+    def quantizer_modules(self) -> Iterator[Any]:
+        """The modules that quantize, in the model's order."""
+        for layer in self.layers:
+            for quantizer in layer.quantizers.values():
+                yield from (module for module in quantizer.modules() if hasattr(module, "enabled"))
+
     def _planned_layers(self) -> list[QuantizedLayer]:
         """The layers that the entries decide, each checked against what is asked of it."""
-        layers: list[QuantizedLayer] = []
-        for module in named_modules(self.model):
+        planned: list[QuantizedLayer] = []
+        modules = named_modules(self.model)
+        projections = _attention_projections(modules)
+        for module in modules:
             entry = deciding_entry(self.entries, module)
+            if entry is None and (attention := projections.get(module.module)) is not None:
+                entry = self._entry_of_projection(module, attention)
             if entry is not None:
                 layer = QuantizedLayer(module.names[0], module.module, module.op_type, entry)
                 for quant_type, bits in entry.bits.items():
                     if bits != OFF:
-                        _check_applicable(layer, quant_type)
-                layers.append(layer)
-        return layers
+                        _check_applicable(layer, quant_type, projections)
+                planned.append(layer)
+        return planned
+
+    def _entry_of_projection(self, projection: NamedModule, attention: NamedModule) -> Entry | None:
+        """The entry of the attention, whose weights are quantized together unless an entry is about the projection."""
+        entry = deciding_entry(self.entries, attention)
+        if entry is None or "weight" not in entry.bits or any(e.matches(projection) for e in self.entries):
+            return None
+        return replace(entry, bits={"weight": entry.bits["weight"]})
 
     def _instrument(self, layer: QuantizedLayer) -> None:
         wanted = {quant_type for quant_type, bits in layer.entry.bits.items() if bits != OFF}
-        target = layer.module
         build = functools.partial(self._build_on_device, layer)
-        if "output" in wanted and (activation := self._fused_activation(layer)) is not None:
-            wanted.remove("output")
-            target = layer.quantizers["output"] = activation
-            layer.undo.append(instrumentation.replace_module(self.model, layer.module, activation))
+        children: dict[str, nn.Module] = {}
         if "weight" in wanted:
-            layer.quantizers["weight"] = weight = build("weight")
-            layer.undo.append(instrumentation.parametrize_weight(target, weight))
+            layer.quantizers["weight"] = children[layers_.WEIGHT] = self._build_weight(layer)
         if "input" in wanted:
-            arguments = instrumentation.input_arguments(target)
-            inputs = instrumentation.InputQuantizers(arguments, functools.partial(build, "input"))
-            layer.quantizers["input"] = inputs
-            layer.undo.append(instrumentation.quantize_input(target, inputs))
-        # Hooks run in the order of their registration, and the gradient's belongs to what the layer itself returns.
+            arguments = layers_.input_arguments(layer.module)
+            inputs = layers_.InputQuantizers(arguments, functools.partial(build, "input"))
+            layer.quantizers["input"] = children[layers_.INPUT] = inputs
         if "gradient" in wanted:
-            layer.quantizers["gradient"] = gradient = build("gradient")
-            layer.undo.append(instrumentation.quantize_gradient(target, gradient))
+            layer.quantizers["gradient"] = children[layers_.GRADIENT] = build("gradient")
         if "output" in wanted:
-            layer.quantizers["output"] = output = build("output")
-            layer.undo.append(instrumentation.quantize_output(target, output))
+            activation = self._fused_activation(layer)
+            layer.fused = activation is not None
+            output = build("output") if activation is None else activation
+            layer.quantizers["output"] = children[layers_.OUTPUT] = output
+        if children:
+            layers_.instrument(layer.module, children, layer.fused)
+
+    def _instrument_around(self, planned: list[QuantizedLayer]) -> None:
+        """What computes with a quantized layer without calling it, in this model."""
+        quantized = {layer.module for layer in planned if layer.quantizers}
+        for module in self.model.modules():
+            uses_quantized = isinstance(module, nn.MultiheadAttention) and module.out_proj in quantized
+            if uses_quantized and not layers_.is_instrumented(module):
+                layers_.instrument(module, {})
+            if layers_.accepts_fast_path(module) and not quantized.isdisjoint(module.modules()):
+                layers_.leave_fast_path(module)
+
+    def _build_weight(self, layer: QuantizedLayer) -> nn.Module:
+        if not isinstance(layer.module, nn.MultiheadAttention):
+            return self._build_on_device(layer, "weight")
+        names = layers_.attention_weights(layer.module)
+        return layers_.AttentionWeightQuantizers({name: self._build_on_device(layer, "weight") for name in names})
 
     def _build_on_device(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         return self.build_quantizer(layer, quant_type).to(_device(layer.module, self.model))
 
     def _fused_activation(self, layer: QuantizedLayer) -> nn.Module | None:
-        bounds = instrumentation.clamp_bounds(layer.module)
-        if bounds is None or layer.module is self.model:
-            return None
-        activation = self.build_activation(layer, bounds)
+        bounds = layers_.clamp_bounds(layer.module)
+        activation = None if bounds is None else self.build_activation(layer, bounds)
         return None if activation is None else activation.to(_device(layer.module, self.model))
 
+    def _group_observers(self) -> None:
+        """Makes all modules that observe, or wait for a step to begin with, one group."""
+        members: dict[FakeQuantize, int] = {}
+        for layer in self.layers:
+            for quant_type, quantizer in layer.quantizers.items():
+                for module in quantizer.modules():
+                    if isinstance(module, FakeQuantize):
+                        module.delayed = layer.entry.quant_start_step > 0 and quant_type == "weight"
+                        if module.delayed or not module.dynamic:
+                            members[module] = layer.entry.quant_start_step
+        self.observers = Observers(members, self.model)
+        self.observers.start_steps = members
+        for member in members:
+            member.observers = self.observers
 
-def _check_applicable(layer: QuantizedLayer, quant_type: QuantType) -> None:
+    def _hook_optimizer(self) -> None:
+        assert self.optimizer is not None
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.remove()
+        self._optimizer_hook = self.optimizer.register_step_post_hook(self._end_step_of_optimizer)
+        self.observers.by_optimizer = self._begins_with_forward = True
+
+    def _end_step_of_optimizer(self, optimizer: object, args: object, kwargs: object) -> None:
+        with torch.no_grad():
+            self.observers.end()
+            self.observers.begin()
+
+    def _forward(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of the model, whose own forward is `forward`."""
+        observers = self.observers
+        if "_is_replica" in vars(model):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected the model not to be replicated by DataParallel, whose replicas lose "
+                "what they observe; use DistributedDataParallel"
+            )
+        if not model.training or observers.in_step:
+            if not torch.compiler.is_compiling():
+                self._report_evaluation_without_ranges(model)
+            return forward(model, *args, **kwargs)
+        if observers.by_optimizer:
+            if self._begins_with_forward:
+                observers.begin()
+                self._begins_with_forward = False
+            result = forward(model, *args, **kwargs)
+        else:
+            observers.begin()
+            observers.in_step = True
+            try:
+                result = forward(model, *args, **kwargs)
+            finally:
+                observers.in_step = False
+            observers.end()
+        if not torch.compiler.is_compiling():
+            self._report_what_never_ran()
+        return result
+
+    def _report_what_never_ran(self) -> None:
+        if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:
+            return
+        self._training_forwards += 1
+        if self._training_forwards < _FORWARDS_BEFORE_THE_REPORT:
+            return
+        self._training_forwards += 1
+        compiled = _compiled_parts(self.model)
+        layers = [layer for layer in self.layers if layer.module not in compiled]
+        lines = [f"{layer}: {why}" for layer in layers for why in idle_reasons(layer)]
+        if lines:
+            warnings.warn(
+                f"{type(self).__name__}: in the first {_FORWARDS_BEFORE_THE_REPORT} training forwards these were not "
+                "quantized:\n  " + "\n  ".join(lines),
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _report_evaluation_without_ranges(self, model: nn.Module) -> None:
+        if self._has_reported_evaluation or model.training or self.observers.in_step:
+            return
+        unseen = self._without_range()
+        if not all(member.enabled for member in unseen):
+            return
+        self._has_reported_evaluation = True
+        if unseen:
+            warnings.warn(
+                f"{type(self).__name__}: the model is evaluated while {len(unseen)} of its inputs and outputs have no "
+                "range yet; these pass unquantized. Train first, or calibrate()",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _without_range(self) -> list[FakeQuantize]:
+        """The members that pass what they meet unquantized. This reads their ranges, unless it is known already."""
+        unknown = [member for member in self.observers.members if not (member.dynamic or member.has_range)]
+        for member in unknown:  # another's doing, such as an averaged model's or a compiled step's, may have set it
+            member.has_range = _has_seen(member.observed_range)
+        # What no training forward has called needs no range: arguments that are no tensors, unused layers.
+        return [m for m in unknown if not m.has_range and (m.has_run or not self._training_forwards)]
+
+    def _grids(self) -> dict[str, Any]:
+        """What the state_dict tells of the grids: JSON's types only."""
+        described: dict[str, dict[str, Any]] = {}
+        for layer in self.layers:
+            for quant_type, quantizer in layer.quantizers.items():
+                module: Any = next(module for module in quantizer.modules() if hasattr(module, "grid"))
+                described.setdefault(layer.name, {})[quant_type] = module.grid()
+        return {"version": model_.FORMAT_VERSION, "quantizer": type(self).__name__, "layers": described}
+
+    def _state(self) -> dict[str, Tensor]:
+        """The quantizer's own tensors in the model's state_dict."""
+        ours = {
+            module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()
+        }
+        state = {STEP: self.model._buffers[STEP]}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            if module in ours:
+                for key, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+                    if tensor is not None:
+                        state[f"{name}.{key}"] = tensor
+        return state  # type: ignore[return-value]
+
+    def _note_loaded(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Takes note of a state that is being loaded."""
+        for name, module in self.model.named_modules():
+            observed_range = state_dict.get(f"{prefix}{name}.range")
+            if isinstance(module, FakeQuantize) and observed_range is not None:
+                module.has_range = _has_seen(observed_range)
+        self._has_reported_evaluation = False
+        self._begins_with_forward = self.observers.by_optimizer
+
+    def _try(self, dummy_input: Batch) -> None:
+        """Runs the model on `dummy_input` and sets the ranges from it."""
+        self.calibrate([dummy_input], progress=False)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Puts the model into evaluation mode, and restores the mode of every module."""
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+    def _check_is_compressed(self, method: str) -> None:
+        if not self.is_compressed:
+            raise RuntimeError(f"{type(self).__name__}.{method}: expected a compressed model; call compress() first")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the optimizer out: a copy of the model has none yet, and counts forwards until it is given one."""
+        return {**vars(self), "optimizer": None, "_optimizer_hook": None, "_begins_with_forward": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Counts forwards."""
+        vars(self).update(state)
+        self.observers.by_optimizer = False
+
+
+def idle_reasons(layer: QuantizedLayer) -> list[str]:
+    """What of `layer` was never quantized in training, with the likely cause."""
+    reasons = []
+    for quant_type, quantizer in layer.quantizers.items():
+        modules = [module for module in quantizer.modules() if hasattr(module, "has_run")]
+        if modules and not any(module.has_run for module in modules):
+            reasons.append(f"{quant_type}: the layer was never called; its weight may be read by other code")
+            continue
+        unseen = [m for m in modules if isinstance(m, FakeQuantize) and m.has_run and not (m.dynamic or m.has_range)]
+        if any(module.enabled for module in unseen):
+            why = "its ranges are frozen" if unseen[0].frozen else "it ran in evaluation mode only"
+            reasons.append(f"{quant_type}: no range was observed, since {why}; calibrate()")
+    return reasons
+
+
+def _has_seen(observed_range: Tensor) -> bool:
+    """Whether a range has seen something; assumed where the value cannot be read."""
+    can_be_read = type(observed_range) is Tensor and not (observed_range.is_meta or torch._C._is_tracing())
+    return bool(observed_range.any()) if can_be_read else True
+
+
+def skipped_subclass(module: NamedModule) -> str | None:
+    """The type of the 'default' list that `module` is a subclass of without being one of its own."""
+    if module.op_type in DEFAULT_OP_TYPES:
+        return None
+    bases = [cls.__name__ for cls in type(module.module).__mro__[1:] if cls.__module__.startswith("torch.nn")]
+    return next((name for name in bases if name in DEFAULT_OP_TYPES), None)
+
+
+def _is_ternary(layer: QuantizedLayer) -> bool:
+    weight = layer.quantizers.get("weight")
+    grids = [module for module in weight.modules() if isinstance(module, FakeQuantize)] if weight is not None else []
+    return any((grid.quant_min, grid.quant_max) == (-1, 1) for grid in grids)
+
+
+def float_leaves(model: nn.Module) -> list[nn.Module]:
+    """The modules without children, but for quantizers, in the order of their registration."""
+    modules = [module.module for module in named_modules(model)]
+    inner = {child for module in modules for name, child in module._modules.items() if not name.endswith("_quantizer")}
+    parents = {module for module in modules if any(child in inner for child in module._modules.values())}
+    return [module for module in modules if module not in parents]
+
+
+def listed(names: list[str]) -> str:
+    """The names as a text, the first of them if there are many."""
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _compiled_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules inside a part of `model` that is compiled; what runs there is not tracked."""
+    parts = [m for m in model.modules() if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule"]
+    return {module for part in parts for module in part.modules()}
+
+
+def _attention_projections(modules: Iterable[NamedModule]) -> dict[nn.Module, NamedModule]:
+    """The output projections that a MultiheadAttention uses without calling them, with that attention."""
+    return {module.module.out_proj: module for module in modules if isinstance(module.module, nn.MultiheadAttention)}
+
+
+def _check_applicable(layer: QuantizedLayer, quant_type: QuantType, projections: Container[nn.Module]) -> None:
     """Raises ValueError if the `quant_type` of `layer` cannot be quantized."""
     module = layer.module
     where = f"config_list[{layer.entry.index}]: quant type {quant_type!r}: layer {layer}"
+    if module in projections and quant_type != "weight":
+        raise ValueError(
+            f"{where} is never called: the attention around it uses its weight alone; quantize the {quant_type} of "
+            "that instead"
+        )
     if quant_type == "weight":
-        weight = module._parameters.get("weight")
-        if weight is None and not parametrize.is_parametrized(module, "weight"):
-            raise ValueError(f"{where} has no parameter 'weight'")
-        if weight is not None and is_lazy(weight):
-            raise ValueError(f"{where} has a lazy weight; run the model once first")
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ValueError(f"{where} has sparse gradients, which do not pass a quantized weight; use sparse=False")
+        _check_weight(where, module)
     elif isinstance(module, _CONTAINERS):
         raise ValueError(f"{where} is a container; name the layers in it")
-    elif quant_type == "input" and not instrumentation.input_arguments(module):
+    elif quant_type == "input" and not layers_.input_arguments(module):
         raise ValueError(f"{where} takes no input")
+
+
+def _check_weight(where: str, module: nn.Module) -> None:
+    if isinstance(module, _RECURRENT):
+        raise ValueError(
+            f"{where} is recurrent: torch computes with its weights in one operator, which takes no quantized ones; "
+            "leave it out of the entry, or quantize its input and output"
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        if not layers_.attention_weights(module) or parametrize.is_parametrized(module):
+            raise ValueError(f"{where} has parametrized weights; these are not quantized in an attention")
+        return
+    weight = module._parameters.get("weight")
+    is_derived = parametrize.is_parametrized(module, "weight") or isinstance(vars(module).get("weight"), Tensor)
+    if weight is None and not is_derived:
+        raise ValueError(f"{where} has no parameter 'weight'")
+    if weight is not None and is_lazy(weight):
+        raise ValueError(f"{where} has a lazy weight; run the model once first")
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        raise ValueError(f"{where} has sparse gradients, which do not pass a quantized weight; use sparse=False")
+
+
+def _check_is_not_wrapped(name: str, model: nn.Module) -> None:
+    wrappers = {
+        "DataParallel": "use DistributedDataParallel, and compress before wrapping: pass the module inside",
+        "DistributedDataParallel": "compress before wrapping: pass the module inside",
+        "FullyShardedDataParallel": "compress before wrapping, or use fully_shard",
+        "OptimizedModule": "compress before torch.compile wraps it: pass the module inside",
+        "ScriptModule": "compress before scripting",
+    }
+    for module_name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in wrappers and cls.__module__.startswith("torch."):
+                where = f"`model` (its module {module_name!r})" if module_name else "`model`"
+                raise ValueError(
+                    f"{name}: expected {where} not to be wrapped, but got {cls.__name__}; {wrappers[cls.__name__]}"
+                )
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper: torch.compile's, or one that calls it `module`, as DDP and AveragedModel do."""
+    return model._modules.get("_orig_mod") or model._modules.get("module")
+
+
+def _innermost(name: str, optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's or Lightning's wrappers."""
+    inner = optimizer
+    while (wrapped := getattr(inner, "optimizer", None)) is not None:
+        inner = wrapped
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"{name}: expected `optimizer` to be a torch.optim.Optimizer, but got {optimizer!r}")
+    return inner
+
+
+def _call(model: nn.Module, batch: Any) -> object:
+    if isinstance(batch, dict):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    return tqdm(batches, desc="calibrate", unit="batch")  # type: ignore[no-any-return]
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:

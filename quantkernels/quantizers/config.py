@@ -7,13 +7,13 @@ reported with the entry and the key, before any module is touched.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from quantkernels.nn.fake_quantize import Dtype, Scheme
 
@@ -75,7 +75,7 @@ class Grammar:
     @property
     def keys(self) -> tuple[str, ...]:
         """Every key that an entry may have."""
-        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme")
+        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme", "quant_axis")
         delay = ("quant_start_step",) if self.delay else ()
         return ("op_types", "op_names", "exclude", "quant_types", *self.bits_keys, *grid, *delay)
 
@@ -87,12 +87,13 @@ class Entry:
     Attributes:
         index: its position in the config_list.
         op_types: class names it matches, or None for any.
-        op_names: module names it matches, or None for any.
-        exclude: the modules it matches are left alone.
+        op_names: module names it matches, or shell-style patterns of them ('layer*.conv1'), or None for any.
+        exclude: the modules it matches are left alone, and so is what is in them.
         bits: width by quant type; its keys are the quant types.
         dtype: 'uint' or 'int' by quant type; empty where the quantizer has one fixed grid.
         scheme: by quant type; empty where the quantizer has one fixed grid.
         quant_start_step: number of steps before quantization begins.
+        quant_axis: the channel axis of per-channel weights; None for the one that the layer's type has.
     """
 
     index: int
@@ -103,21 +104,35 @@ class Entry:
     dtype: Mapping[QuantType, Dtype]
     scheme: Mapping[QuantType, Scheme]
     quant_start_step: int
+    quant_axis: int | None = None
 
     def matches(self, module: NamedModule) -> bool:
         """Whether the entry is about `module`: of one of its types and under one of its names, where it gives both."""
+        if self._names(module):
+            return True
+        return self.exclude and any(self._names(container) for container in module.containers)
+
+    def _names(self, module: NamedModule) -> bool:
         return (self.op_types is None or module.op_type in self.op_types) and (
-            self.op_names is None or not self.op_names.isdisjoint(module.names)
+            self.op_names is None or any(_is_named(name, self.op_names) for name in module.names)
         )
 
 
 @dataclass(frozen=True)
 class NamedModule:
-    """A module of the model with its class name and all the names it goes by (several when it is shared)."""
+    """A module of the model with its class name and all the names it goes by (several when it is shared).
+
+    Attributes:
+        names: every name.
+        op_type: the class name.
+        module: the module.
+        containers: the modules that it is in, but for the model itself.
+    """
 
     names: tuple[str, ...]
     op_type: str
     module: nn.Module
+    containers: tuple[NamedModule, ...] = ()
 
     def __str__(self) -> str:
         """The first name and the class name."""
@@ -125,14 +140,48 @@ class NamedModule:
 
 
 def named_modules(model: nn.Module) -> list[NamedModule]:
-    """Lists the distinct modules of `model`, the root (named '') included, in the order of `model.named_modules()`."""
+    """Lists the distinct modules of `model`, the root (named '') included, in the order of `model.named_modules()`.
+
+    The quantizers of a compressed model are not among them.
+    """
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return [
-        NamedModule(tuple(aliases), parametrize.type_before_parametrizations(module).__name__, module)
-        for module, aliases in names.items()
-    ]
+        if not any(part.endswith("_quantizer") for part in name.split(".")):
+            names.setdefault(module, []).append(name)
+    listed: list[NamedModule] = []
+    by_name: dict[str, NamedModule] = {}
+    for module, aliases in names.items():
+        parents = [by_name[parent] for name in aliases if (parent := name.rpartition(".")[0]) in by_name]
+        containers = {
+            id(above): above for parent in parents if parent.names[0] for above in (*parent.containers, parent)
+        }
+        named = NamedModule(tuple(aliases), op_type(module), module, tuple(containers.values()))
+        listed.append(named)
+        by_name.update(dict.fromkeys(aliases, named))
+    return listed
+
+
+def op_type(module: nn.Module) -> str:
+    """The name of the class that the user gave `module`."""
+    return user_class(module).__name__
+
+
+def user_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module` without the subclasses that quantizers, parametrize and fully_shard put in its place."""
+    cls: Any = type(module)
+    while True:
+        before = vars(cls).get("_uncompressed_class") or vars(cls).get("_float_class")
+        if before is None and cls.__name__.startswith(("Parametrized", "FSDP")) and _is_put_in_place(cls):
+            before = next(base for base in cls.__bases__ if base.__name__ != "FSDPModule")
+        if before is None:
+            return cls  # type: ignore[no-any-return]
+        cls = before
+
+
+def _is_put_in_place(cls: type[nn.Module]) -> bool:
+    own = vars(cls)
+    is_parametrized = any(isinstance(member, property) for member in own.values()) and "forward" not in own
+    return is_parametrized or any(base.__name__ == "FSDPModule" for base in cls.__bases__)
 
 
 def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -> tuple[Entry, ...]:
@@ -153,7 +202,35 @@ def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -
     for entry in entries:
         if not any(entry.matches(module) for module in modules):
             raise ValueError(_no_match_message(entry, modules))
+    deciding = {decided.index for module in modules if (decided := deciding_entry(entries, module)) is not None}
+    for entry in entries:
+        if not entry.exclude and entry.index not in deciding:
+            raise ValueError(
+                f"config_list[{entry.index}] decides no module: later entries match every module that it matches, and "
+                "the last one that matches counts alone"
+            )
     return entries
+
+
+def config_notes(entries: Sequence[Entry], modules: Iterable[NamedModule]) -> list[str]:
+    """What a reader of the configuration may not expect: quant types that a later entry drops, idle exclusions."""
+    dropped: Counter[tuple[int, int, str]] = Counter()
+    excludes: set[int] = set()
+    for module in modules:
+        matching = [entry for entry in entries if entry.matches(module)]
+        for earlier in matching[:-1]:
+            if matching[-1].exclude:
+                excludes.add(matching[-1].index)
+                continue
+            for quant_type in earlier.bits.keys() - matching[-1].bits.keys():
+                dropped[matching[-1].index, earlier.index, quant_type] += 1
+    notes = [
+        f"config_list[{later}] decides {count} module{'s' * (count > 1)} alone, so the {quant_type!r} that "
+        f"config_list[{earlier}] asks for there is not quantized"
+        for (later, earlier, quant_type), count in sorted(dropped.items())
+    ]
+    idle = [entry.index for entry in entries if entry.exclude and entry.index not in excludes]
+    return notes + [f"config_list[{index}] excludes nothing that another entry matches before it" for index in idle]
 
 
 def deciding_entry(entries: Iterable[Entry], module: NamedModule) -> Entry | None:
@@ -202,6 +279,7 @@ class _EntryParser:
             dtype=self._dtype(where, entry, tuple(bits)),
             scheme=scheme,
             quant_start_step=self._quant_start_step(where, entry),
+            quant_axis=self._quant_axis(where, entry, scheme),
         )
 
     def _op_types(self, where: str, value: object) -> frozenset[str]:
@@ -218,7 +296,7 @@ class _EntryParser:
     def _op_names(self, where: str, value: object) -> frozenset[str]:
         names = _strings(where, value, "a list of module names")
         for name in names:
-            if name not in self.op_names:
+            if name not in self.op_names and not any(_is_named(known, (name,)) for known in self.op_names):
                 raise ValueError(f"{where}: the model has no module named {name!r}{_closest(name, self.op_names)}")
         return frozenset(names)
 
@@ -304,6 +382,18 @@ class _EntryParser:
         if step < 0:
             raise ValueError(f"{where}: expected a step of at least 0, but got {step}")
         return step
+
+    def _quant_axis(self, where: str, entry: Mapping[str, object], scheme: Mapping[QuantType, Scheme]) -> int | None:
+        if "quant_axis" not in entry:
+            return None
+        where = f"{where}['quant_axis']"
+        if not scheme.get("weight", "").startswith("per_channel"):
+            raise ValueError(f"{where}: expected it to go with a per-channel 'quant_scheme' of 'weight'")
+        return _integer(where, entry["quant_axis"])
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _by_quant_type(

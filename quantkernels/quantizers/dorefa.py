@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight
 from quantkernels.nn.dorefa import OFF
-from quantkernels.quantizers.base import QuantizedLayer, Quantizer
+from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer, float_leaves, listed
 from quantkernels.quantizers.config import DEFAULT_OP_TYPES, Grammar, QuantType
+
+_MULTIPLYING = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMALIZATIONS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
 
 
 class DoReFaQuantizer(Quantizer):
@@ -31,6 +41,8 @@ class DoReFaQuantizer(Quantizer):
     Args:
         model: the network; instrumented in place by `compress()`.
         config_list: list of entries.
+        optimizer: taken for NNI's sake; nothing here knows steps.
+        dummy_input: see Quantizer.
         seed: of the gradients' noise, 0 to 2**31 - 1; every layer derives its own from it.
 
     Raises:
@@ -45,13 +57,40 @@ class DoReFaQuantizer(Quantizer):
         default_quant_types=("weight",),
     )
 
-    def __init__(self, model: nn.Module, config_list: object, *, seed: int = 0) -> None:
-        super().__init__(model, config_list)
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: object,
+        optimizer: torch.optim.Optimizer | None = None,
+        dummy_input: Batch | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, config_list, optimizer, dummy_input)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"DoReFaQuantizer: expected `seed` to be an int, but got {seed!r}")
         if not 0 <= seed < 2**31:
             raise ValueError(f"DoReFaQuantizer: expected `seed` to be in 0..2**31-1, but got {seed}")
         self.seed = seed
+
+    def doubts(self) -> list[str]:
+        """See Quantizer: layers whose magnitude is lost, since DoReFa's weights fill [-1, 1] whatever they were."""
+        leaves = float_leaves(self.model)
+        following = dict(zip(leaves, [*leaves[1:], None], strict=True))
+        lost = [
+            str(layer)
+            for layer in self.layers
+            if "weight" in layer.quantizers
+            and isinstance(layer.module, _MULTIPLYING)
+            and not isinstance(following.get(layer.module), _NORMALIZATIONS)
+        ]
+        if not lost:
+            return super().doubts()
+        return [
+            *super().doubts(),
+            "weights are scaled to [-1, 1] and no normalization follows, which would restore the magnitude, in "
+            f"{listed(lost)}; put one behind, or exclude the layer (the paper leaves the first and the last in float)",
+        ]
 
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         """See Quantizer."""
@@ -69,4 +108,4 @@ class DoReFaQuantizer(Quantizer):
         """See Quantizer."""
         if not bounds[0] <= 0 < 1 <= bounds[1]:
             return None
-        return DoReFaActivation(layer.entry.bits["output"], inplace=bool(layer.module.inplace))
+        return DoReFaActivation(layer.entry.bits["output"], bool(layer.module.inplace), bounds)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import nn
 
-from quantkernels.quantizers.base import QuantizedLayer, Quantizer
+from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer
 from quantkernels.quantizers.config import Grammar, QuantType
 from quantkernels.quantizers.qat import fake_quantize_weight
 
@@ -20,6 +21,8 @@ class NaiveQuantizer(Quantizer):
             entries as QAT_Quantizer has them, where 'quant_types' can only be ['weight'] and may be left out, as may
             'quant_bits' (8), 'quant_dtype' ('int') and 'quant_scheme' ('per_tensor_symmetric'); there is no
             'quant_start_step'.
+        optimizer: taken for NNI's sake; current ranges know no steps.
+        dummy_input: see Quantizer.
 
     Raises:
         TypeError, ValueError: see Quantizer.
@@ -34,8 +37,15 @@ class NaiveQuantizer(Quantizer):
         default_scheme="per_tensor_symmetric",
     )
 
-    def __init__(self, model: nn.Module, config_list: object = None) -> None:
-        super().__init__(model, [{"op_types": "default"}] if config_list is None else config_list)
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: object = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        dummy_input: Batch | None = None,
+    ) -> None:
+        entries = [{"op_types": "default"}] if config_list is None else config_list
+        super().__init__(model, entries, optimizer, dummy_input)
 
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         """See Quantizer."""

@@ -1,0 +1,547 @@
+"""Owns how the raw operators differentiate: autograd, transforms, version counters, and what may be written in place.
+
+There are two ways through an operator. The ordinary one is an autograd Function with one forward, which costs a few
+microseconds. While a transform of ``torch.func``, a forward-mode level or torch.jit.trace is active, the result is
+composed of torch's own operators around a kernel that is not differentiated, so that each of them finds its rules;
+Functions with ``setup_context`` serve there, whose calls cost three times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.jit import _trace as _jit
+
+from quantkernels._ops import fail, memory_format_index
+
+_raw: Any = torch.ops.quantkernels
+_tracing = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_increment_version = torch._C._increment_version
+_is_grad_enabled = torch.is_grad_enabled
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+
+class _Operator(NamedTuple):
+    """A raw operator as a call finds it fastest and as torch.compile knows it.
+
+    The one is without OpOverload.__call__, a Python frame of 0.25 us that forwards its arguments.
+    """
+
+    eager: Any
+    traced: Any
+
+    @classmethod
+    def of(cls, operator: Any) -> _Operator:
+        return cls(getattr(operator, "_op", operator), operator)
+
+    def pick(self) -> Any:
+        return self.traced if _tracing() else self.eager
+
+
+class Masked(NamedTuple):
+    """A quantizer that returns (output, mask), and its in-place twin, which returns the mask.
+
+    Attributes:
+        name: the operator's, for errors.
+        operator: the one that returns (output, mask).
+        in_place: its twin.
+        names: of the arguments behind the input.
+        mutated: where among them the tensors are that a call changes, side by side; None without any.
+        constants: positions among them of the floating tensors, which have no gradient here.
+        elementwise: an element's result depends on no other element of the input.
+    """
+
+    name: str
+    operator: _Operator
+    in_place: _Operator
+    names: tuple[str, ...]
+    mutated: slice | None
+    constants: tuple[int, ...]
+    elementwise: bool
+
+    @classmethod
+    def of(cls, operator: Any, in_place: Any, elementwise: bool = True) -> Masked:
+        """The quantizer of two operators; all else is read off the schema."""
+        arguments = operator._schema.arguments[1:]
+        names = tuple(argument.name for argument in arguments)
+        tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        written = [i for i in tensors if arguments[i].is_write]
+        mutated = slice(written[0], written[-1] + 1) if written else None
+        constants = tuple(i for i in tensors if names[i] not in ("zero_point", "step"))
+        name = operator._schema.name.partition("::")[2]
+        return cls(name, _Operator.of(operator), _Operator.of(in_place), names, mutated, constants, elementwise)
+
+
+MASKED = {
+    "fake_quantize": Masked.of(_raw.fake_quantize.default, _raw.fake_quantize_.default),
+    "fake_quantize_per_tensor": Masked.of(_raw.fake_quantize.per_tensor, _raw.fake_quantize_.per_tensor),
+    "fake_quantize_number": Masked.of(_raw.fake_quantize.number, _raw.fake_quantize_.number),
+    "fake_quantize_current": Masked.of(_raw.fake_quantize_current.default, None, elementwise=False),
+    "fake_quantize_in_range": Masked.of(_raw.fake_quantize_in_range.default, _raw.fake_quantize_in_range_.default),
+    "observe_fake_quantize": Masked.of(_raw.observe_fake_quantize.default, _raw.observe_fake_quantize_.default),
+    "dorefa_activation": Masked.of(_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
+}
+
+# What an ordinary call needs, read in one go.
+_ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
+
+_STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
+_DOREFA_WEIGHT_BACKWARD = _Operator.of(_raw.dorefa_weight_backward.default)
+_DOREFA_GRADIENT = _Operator.of(_raw.dorefa_gradient.default)
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply``, typed."""
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+def _recorder(function: type[Function]) -> Any:
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def _record(function: type[Function], input: Tensor, *arguments: Any) -> Any:
+    """:func:`apply` of an ordinary Function without Function.apply's frame, which takes 1 us to find no transform."""
+    if _tracing():
+        return apply(function, input, *arguments)
+    return _recorder(function)(_unwrap_if_dead(input), *arguments)
+
+
+def transforming() -> bool:
+    """Whether derivatives may be asked for that the ordinary Functions do not know."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def composing() -> bool:
+    """Whether a result is to be composed of torch's operators: under transforms, and in the trace of a module.
+
+    The trace holds the gradient with grad mode and without it, since torch.jit.trace checks the one by the other.
+    """
+    return _functorch_active() or forward_ad._current_level >= 0 or _jit._trace_module_map is not None
+
+
+def _in_jit_trace() -> bool:
+    return not _tracing() and torch._C._is_tracing()
+
+
+def bump_versions(tensors: Iterable[Tensor]) -> None:
+    """Tells autograd that a kernel wrote to `tensors`; torch.compile's functionalization knows by itself."""
+    if not _tracing():
+        _increment_version(tensors)
+
+
+def needs_grad(tensor: Tensor) -> bool:
+    """Whether an operator on `tensor` is recorded."""
+    return tensor.requires_grad and _is_grad_enabled()
+
+
+def _refuse_gradient(quantizer: Masked, position: int) -> None:
+    actual = "a tensor that requires a gradient, which this operator does not have"
+    fail(quantizer.name, quantizer.names[position], "a constant", actual)
+
+
+def check_writable(op: str, input: Tensor, recorded: bool) -> None:
+    """Raises where torch's own in-place operators do, before a kernel has written to anything.
+
+    Args:
+        op: the operator's name, or the key of a quantizer.
+        input: what is to be written to.
+        recorded: whether autograd records the call.
+    """
+    if input.is_inference() and not torch.is_inference_mode_enabled():
+        _refuse_write(op, "an inference tensor outside of inference mode")
+    if not input.is_contiguous() and 0 in input.stride() and torch._debug_has_internal_overlap(input) == 1:
+        _refuse_write(op, "one whose elements share memory (expanded); clone it first")
+    if recorded:
+        _check_history(op, input)
+
+
+def _check_history(op: str, input: Tensor) -> None:
+    if input.is_leaf:
+        _refuse_write(op, "a leaf that requires grad")
+    if input._is_view():
+        base = input._base
+        if base is not None and base.is_leaf and base.requires_grad:
+            _refuse_write(op, "a view of a leaf that requires grad")
+        if torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
+            _refuse_write(
+                op, "a view that torch forbids to write to (one of several, as chunk's, or made without grad)"
+            )
+
+
+def _refuse_write(op: str, actual: str) -> None:
+    fail(MASKED[op].name if op in MASKED else op, "input", "a tensor that may be written in place", actual)
+
+
+def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
+    """A quantizer of :data:`MASKED` whose gradient is the incoming one under the mask that the operator returns.
+
+    Args:
+        name: its key.
+        input: what is quantized.
+        inplace: write the result into `input`.
+        arguments: those of the raw operator behind the input.
+
+    Returns:
+        The quantized tensor.
+    """
+    if _functorch_active() or forward_ad._current_level >= 0 or _jit._trace_module_map is not None:
+        return _masked_transformed(name, input, inplace, arguments)
+    if _tracing():
+        return _masked_traced(name, input, inplace, arguments)
+    operator, in_place, constants, mutated = _ORDINARY[name]
+    for position in constants:
+        constant = arguments[position]
+        if constant is not None and constant.requires_grad and _is_grad_enabled():
+            _refuse_gradient(MASKED[name], position)
+    recorded = input.requires_grad and _is_grad_enabled()
+    if inplace:
+        check_writable(name, input, recorded)
+        if input.is_neg() or torch.compiler.is_compiling():  # bits that are not its values; torch.export without dynamo
+            return input.copy_(masked(name, input, False, arguments))
+    if recorded:
+        if _in_jit_trace():
+            return _masked_transformed(name, input, inplace, arguments)
+        return _record_masked(_unwrap_if_dead(input), name, inplace, arguments)  # type: ignore[no-any-return]
+    if inplace:
+        in_place(input, *arguments)
+        output = input
+        _increment_version((input,))
+    else:
+        output = operator(input, *arguments)[0]
+    if mutated is not None:
+        _increment_version(arguments[mutated])
+    return output
+
+
+def _masked_traced(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
+    if inplace:  # a copy is functionalized to nothing, a custom operator in place to a node that exporters do not know
+        return input.copy_(_masked_traced(name, input, False, arguments))
+    quantizer = MASKED[name]
+    if _is_grad_enabled():
+        for position in quantizer.constants:
+            if arguments[position] is not None and arguments[position].requires_grad:
+                _refuse_gradient(quantizer, position)
+        if input.requires_grad:
+            return apply(_Masked, input, name, False, arguments)  # type: ignore[no-any-return]
+    output: Tensor = quantizer.operator.traced(input, *arguments)[0]
+    return output
+
+
+class _Masked(Function):
+    """Runs a quantizer; ``arguments`` come as one tuple, since apply takes its time for each."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
+        operator, in_place, _, mutated = _ORDINARY[name]
+        if _tracing():
+            operator, in_place = MASKED[name].operator.traced, MASKED[name].in_place.traced
+        if inplace:
+            output, mask = input, in_place(input, *arguments)
+            ctx.mark_dirty(input)
+        else:
+            output, mask = operator(input, *arguments)
+        if mutated is not None:
+            bump_versions(arguments[mutated])
+        ctx.save_for_backward(mask)
+        ctx.memory_format = memory_format_index(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (mask,) = ctx.saved_tensors
+        return straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
+
+
+_record_masked = _recorder(_Masked)
+
+
+def straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
+    """`grad_output` where the mask has a one, else zero; linear, and as often differentiable as one likes."""
+    if _functorch_active() or forward_ad._current_level >= 0:
+        return torch.where(_unpack(mask, grad_output.shape, memory_format), grad_output, 0)
+    if grad_output.requires_grad and _is_grad_enabled():
+        return _record(_StraightThrough, grad_output, mask, memory_format)  # type: ignore[no-any-return]
+    grad_input: Tensor = _STRAIGHT_THROUGH.pick()(grad_output, mask, memory_format)
+    return grad_input
+
+
+class _StraightThrough(Function):
+    """The masked gradient, itself differentiable: it is linear, and its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.memory_format = memory_format
+        grad_input: Tensor = _STRAIGHT_THROUGH.pick()(grad_output, mask, memory_format)
+        return grad_input
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return straight_through(grad_outputs[0], mask, ctx.memory_format), None, None
+
+
+def _unpack(mask: Tensor, shape: torch.Size, memory_format: int) -> Tensor:
+    """The bits of a mask as a bool tensor."""
+    ones = torch.ones(shape, dtype=torch.float32, device=mask.device)
+    return _STRAIGHT_THROUGH.pick()(ones, mask, memory_format).to(torch.bool)  # type: ignore[no-any-return]
+
+
+# Under transforms
+
+
+def _replace(smooth: Tensor, value: Tensor) -> Tensor:
+    """The values of `value`, to the bit, with the derivatives of `smooth` where that is finite."""
+    return value - (smooth.detach() - smooth).nan_to_num()
+
+
+def _slices(batch_size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The operands of each sample of a vmap; a buffer's slice is a view, which may be written to."""
+    return [
+        tuple(x if dim is None else x.select(dim, i) for x, dim in zip(operands, in_dims, strict=True))
+        for i in range(batch_size)
+    ]
+
+
+class _MaskedValue(Function):
+    """The output of a quantizer and where its gradient passes; neither is differentiated."""
+
+    @staticmethod
+    def forward(input: Tensor, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        quantizer = MASKED[name]
+        output, mask = quantizer.operator.pick()(input, *arguments)
+        if quantizer.mutated is not None:
+            bump_versions(arguments[quantizer.mutated])
+        return output, _unpack(mask, output.shape, memory_format_index(output))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.set_materialize_grads(False)
+        ctx.name = inputs[1]
+        _MaskedValue._refuse(ctx, [bool(needed) for needed in ctx.needs_input_grad])
+
+    @staticmethod
+    def _refuse(ctx: Any, wanted: list[bool]) -> None:
+        for position, is_wanted in enumerate(wanted[2:]):
+            if is_wanted:
+                _refuse_gradient(MASKED[ctx.name], position)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, None]:
+        _MaskedValue._refuse(ctx, [tangent is not None for tangent in tangents])
+        return None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], input: Tensor, name: str, *arguments: Any) -> Any:
+        quantizer = MASKED[name]
+        options = dict(zip(quantizer.names, arguments, strict=True))
+        alone = in_dims[0] is not None and all(dim is None for dim in in_dims[1:])
+        if alone and quantizer.elementwise and options.get("group_size") is None:
+            axis = options.get("axis")
+            if axis is not None:  # one further to the right; an axis that does not exist stays so
+                options["axis"] = axis + 1 if axis >= 0 else axis if axis > -input.dim() else axis - 1
+            return apply(_MaskedValue, input.movedim(in_dims[0], 0), name, *options.values()), (0, 0)  # type: ignore[arg-type]
+        samples = _slices(info.batch_size, in_dims, (input, name, *arguments))
+        outputs, passes = zip(*(apply(_MaskedValue, *sample) for sample in samples), strict=True)
+        return (torch.stack(outputs), torch.stack(passes)), (0, 0)
+
+
+def _masked_transformed(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
+    if inplace:
+        check_writable(name, input, needs_grad(input))
+    # torch.jit.trace records operators; a Function would stay a call into Python.
+    value_of = _MaskedValue.forward if _in_jit_trace() else partial(apply, _MaskedValue)
+    value, passes = value_of(input.detach(), name, *arguments)
+    output = _replace(torch.where(passes, input, 0), value)
+    return input.copy_(output) if inplace else output
+
+
+# DoReFa
+
+
+def _smooth_dorefa_weight(weight: Tensor) -> Tensor:
+    """DoReFa weights of two bits and more, with rint as the identity; all-zero weights have no gradient."""
+    t = torch.tanh(weight if weight.dtype == torch.float64 else weight.float())
+    largest = t.abs().amax()
+    smooth = t / torch.where(largest == 0, 1.0, largest)
+    return torch.where(largest == 0, smooth.detach(), smooth).to(weight.dtype)
+
+
+class _DoReFaWeight(Function):
+    """DoReFa weights of two bits and more: the exact derivative with rint replaced by the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
+        output: Tensor
+        output, statistic = _DOREFA_WEIGHT.pick()(weight, bits)
+        ctx.save_for_backward(weight, statistic)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        weight, statistic = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        if transforming() or (_is_grad_enabled() and not _tracing()):
+            with torch.enable_grad():
+                smooth = _smooth_dorefa_weight(weight)
+            return torch.autograd.grad(smooth, weight, grad_output, create_graph=_is_grad_enabled())[0], None
+        return _DOREFA_WEIGHT_BACKWARD.pick()(grad_output, weight, statistic), None
+
+
+class _DoReFaSign(Function):
+    """DoReFa weights of one bit: sign times mean magnitude; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        output: Tensor = _DOREFA_WEIGHT.pick()(weight, 1)[0]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
+
+
+class _DoReFaWeightValue(Function):
+    """The quantized weight, not differentiated; under vmap each sample has its own maximum."""
+
+    @staticmethod
+    def forward(weight: Tensor, bits: int) -> Tensor:
+        return _DOREFA_WEIGHT.pick()(weight, bits)[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        samples = _slices(info.batch_size, in_dims, operands)
+        return torch.stack([apply(_DoReFaWeightValue, *sample) for sample in samples]), 0
+
+
+def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
+    """DoReFa weights of 1 to 16 bits."""
+    recorded = needs_grad(weight)
+    if composing() or (recorded and _in_jit_trace()):
+        smooth = weight if bits == 1 else _smooth_dorefa_weight(weight)
+        value_of = _DoReFaWeightValue.forward if _in_jit_trace() else partial(apply, _DoReFaWeightValue)
+        return _replace(smooth, value_of(weight.detach(), bits))
+    if not recorded:
+        output: Tensor = _DOREFA_WEIGHT.pick()(weight, bits)[0]
+        return output
+    if bits == 1:
+        return _record(_DoReFaSign, weight)  # type: ignore[no-any-return]
+    return _record(_DoReFaWeight, weight, bits)  # type: ignore[no-any-return]
+
+
+def _quantize_gradient(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
+    if transforming() or needs_grad(grad_output):
+        return apply(_QuantizedGradient, grad_output, rng_state, bits, stream)  # type: ignore[no-any-return]
+    gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
+    bump_versions([rng_state])
+    return gradient
+
+
+class _DoReFaGradient(Function):
+    """The identity, whose gradient is quantized stochastically."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, stream: int, inplace: bool) -> Tensor:
+        ctx.rng_state = rng_state
+        ctx.bits = bits
+        ctx.stream = stream
+        if inplace:
+            ctx.mark_dirty(input)
+            return input
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _quantize_gradient(grad_outputs[0], ctx.rng_state, ctx.bits, ctx.stream), None, None, None, None
+
+
+class _QuantizedGradient(Function):
+    """A quantized gradient of which derivatives are asked, and has none; each sample of a vmap draws its own noise."""
+
+    @staticmethod
+    def forward(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
+        gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
+        bump_versions([rng_state])
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError("dorefa_gradient: a gradient quantized stochastically cannot be differentiated twice")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError("dorefa_gradient: a gradient quantized stochastically cannot be differentiated twice")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        _check_randomness(info.randomness)
+        samples = _slices(info.batch_size, in_dims, operands)
+        return torch.stack([apply(_QuantizedGradient, *sample) for sample in samples]), 0
+
+
+def _check_randomness(randomness: str) -> None:
+    if randomness != "different":
+        fail("dorefa_gradient", "randomness", "'different' in vmap: each sample draws its own noise", repr(randomness))
+
+
+class _TransformedDoReFaGradient(Function):
+    """:class:`_DoReFaGradient` for transforms; forward mode passes the tangent, which the noise leaves in the mean."""
+
+    @staticmethod
+    def forward(input: Tensor, rng_state: Tensor, bits: int, stream: int, randomness: str) -> Tensor:
+        return input.clone(memory_format=torch.preserve_format)  # not a view: what follows may be in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.rng_state, ctx.bits, ctx.stream, ctx.randomness = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        _check_randomness(ctx.randomness)
+        gradient: Tensor = apply(_QuantizedGradient, grad_outputs[0], ctx.rng_state, ctx.bits, ctx.stream)
+        return gradient, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: Tensor,
+        rng_state: Tensor,
+        bits: int,
+        stream: int,
+        randomness: str,
+    ) -> tuple[Tensor, int]:
+        samples = _slices(info.batch_size, in_dims, (input, rng_state, bits, stream, info.randomness))
+        return torch.stack([apply(_TransformedDoReFaGradient, *sample) for sample in samples]), 0
+
+
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, stream: int, inplace: bool) -> Tensor:
+    """DoReFa gradients of 1 to 16 bits."""
+    if transforming():
+        return apply(_TransformedDoReFaGradient, input, rng_state, bits, stream, "different")  # type: ignore[no-any-return]
+    if not needs_grad(input):
+        return input
+    if inplace and not _tracing():
+        _check_history("dorefa_gradient", input)
+    return _record(_DoReFaGradient, input, rng_state, bits, stream, inplace)  # type: ignore[no-any-return]

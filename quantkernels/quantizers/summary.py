@@ -1,0 +1,257 @@
+"""The summary of a quantizer: a row for all that is quantized, or has weights and is not, as data and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkernels import functional
+from quantkernels.nn.dorefa import OFF
+from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.observers import STEP
+from quantkernels.quantizers.config import config_notes, deciding_entry, named_modules
+
+if TYPE_CHECKING:
+    from quantkernels.quantizers.base import QuantizedLayer, Quantizer
+
+_HEADINGS = {"quant_type": "quantized", "observed_range": "range", "clipped": "clipped", "sqnr": "SQNR", "status": ""}
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One tensor that is quantized, or one layer with weights of which nothing is.
+
+    Attributes:
+        name: the layer's name.
+        op_type: its class name.
+        quant_type: 'weight', 'input', 'output' or 'gradient'; '-' where nothing is quantized.
+        bits: the width of the grid; None where nothing is quantized.
+        dtype: 'uint' or 'int', or '' where the quantizer has one fixed grid.
+        scheme: as in the configuration, or ''.
+        observed_range: (least, greatest) over the channels: of the observed range, or of the weight. None if unknown.
+        clipped: the share of elements outside the grid; None unless it was measured.
+        sqnr: signal to quantization noise ratio in dB: of the weight, and of inputs and outputs where it was measured.
+        status: 'quantized', or why not, or not yet.
+    """
+
+    name: str
+    op_type: str
+    quant_type: str
+    bits: int | None = None
+    dtype: str = ""
+    scheme: str = ""
+    observed_range: tuple[float, float] | None = None
+    clipped: float | None = None
+    sqnr: float | None = None
+    status: str = "quantized"
+
+
+@dataclass(frozen=True)
+class Summary(Sequence[SummaryRow]):
+    """The rows, which it is a sequence of, and what is to be said of the configuration. Its text is a table.
+
+    Attributes:
+        rows: in the model's order.
+        notes: sentences about entries that decide less than they seem to.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, index: Any) -> Any:
+        """The row, or rows."""
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[SummaryRow]:
+        """The rows."""
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        """The table and the notes."""
+        headings = [_HEADINGS.get(column.name, column.name) for column in fields(SummaryRow)]
+        lines = [headings, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+        shown = [i for i in range(len(headings)) if any(line[i] for line in lines[1:])]
+        text = ["  ".join(line[i].ljust(widths[i]) for i in shown).rstrip() for line in lines]
+        return "\n".join([*text, *self.notes])
+
+
+def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object]) -> Summary:
+    """The summary of a quantizer, measured on `batch` unless that is None."""
+    measured = {} if batch is None else _measure(quantizer, batch, forward)
+    layers = {layer.module: layer for layer in quantizer.layers}
+    ours = _quantizer_modules(quantizer)
+    rows: list[SummaryRow] = []
+    for module in named_modules(quantizer.model):
+        layer = layers.get(module.module)
+        if layer is not None and layer.quantizers:
+            rows += _rows_of_layer(quantizer, layer, measured)
+        elif module.module not in ours and _has_weights(module.module):
+            rows.append(SummaryRow(module.names[0], module.op_type, "-", status=_why_not(quantizer, module)))
+    return Summary(tuple(rows), tuple(config_notes(quantizer.entries, named_modules(quantizer.model))))
+
+
+def _rows_of_layer(quantizer: Quantizer, layer: QuantizedLayer, measured: dict[nn.Module, Any]) -> list[SummaryRow]:
+    from quantkernels.quantizers.base import idle_reasons
+
+    idle = {reason.partition(":")[0]: reason.partition(": ")[2] for reason in idle_reasons(layer)}
+    rows = []
+    for quant_type, container in layer.quantizers.items():
+        modules: list[Any] = [module for module in container.modules() if hasattr(module, "grid")]
+        grid = modules[0].grid()
+        status = _status(quantizer, layer, quant_type, modules, idle)
+        if quant_type == "weight":
+            observed, clipped, sqnr = _weight_figures(layer, modules[0])
+        else:
+            observed = _observed_range(modules)
+            clipped, sqnr = measured.get(modules[0], (None, None))
+        rows.append(
+            SummaryRow(
+                layer.name,
+                layer.op_type,
+                quant_type,
+                grid["bits"],
+                grid.get("dtype", ""),
+                grid.get("scheme", ""),
+                observed,
+                clipped,
+                sqnr,
+                status,
+            )
+        )
+    return rows
+
+
+def _status(
+    quantizer: Quantizer, layer: QuantizedLayer, quant_type: str, modules: Sequence[Any], idle: dict[str, str]
+) -> str:
+    step = int(quantizer.model._buffers[STEP]) if quantizer.is_compressed else 0  # type: ignore[arg-type]
+    if not all(module.enabled for module in modules):
+        return "switched off"
+    if quantizer._training_forwards and quant_type in idle:
+        return idle[quant_type]
+    observing = [module for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
+    if any(not bool(module.observed_range.any()) for module in observing):
+        return "no range yet: passes unquantized"
+    if step < layer.entry.quant_start_step:
+        return f"in training from step {layer.entry.quant_start_step} on, now {step}"
+    return "quantized, range frozen" if any(module.frozen for module in observing) else "quantized"
+
+
+def _why_not(quantizer: Quantizer, module: Any) -> str:
+    from quantkernels.quantizers.base import skipped_subclass
+
+    entry = deciding_entry(quantizer.entries, module)
+    if entry is not None and all(bits == OFF for bits in entry.bits.values()):
+        return "not quantized: 32 bits"
+    excluding = [entry for entry in quantizer.entries if entry.exclude and entry.matches(module)]
+    if excluding:
+        return f"not quantized: excluded by config_list[{excluding[-1].index}]"
+    base = skipped_subclass(module)
+    if base is not None:
+        return f"not quantized: a subclass of {base}; name it in 'op_types' as {module.op_type!r}"
+    return "not quantized: no entry matches it"
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values())
+
+
+def _quantizer_modules(quantizer: Quantizer) -> set[nn.Module]:
+    return {module for layer in quantizer.layers for child in layer.quantizers.values() for module in child.modules()}
+
+
+def _observed_range(modules: Sequence[Any]) -> tuple[float, float] | None:
+    ranges = [module.observed_range for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
+    if not ranges or not bool(ranges[0].any()):
+        return None
+    return float(ranges[0][0].min()), float(ranges[0][1].max())
+
+
+@torch.no_grad()
+def _weight_figures(layer: QuantizedLayer, quantizer: nn.Module) -> tuple[Any, float | None, float | None]:
+    weight = getattr(layer.module, "weight", None)
+    weight = getattr(layer.module, "in_proj_weight", None) if weight is None else weight
+    if not isinstance(weight, Tensor) or weight.is_meta or weight.numel() == 0:
+        return None, None, None
+    before, training = dict(vars(quantizer)), quantizer.training
+    quantized = quantizer.eval()(weight)
+    quantizer.train(training)
+    vars(quantizer).update({key: before[key] for key in ("has_run",) if key in before})
+    return (float(weight.min()), float(weight.max())), None, _sqnr(weight, quantized)
+
+
+def _measure(
+    quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object]
+) -> dict[nn.Module, tuple[float | None, float | None]]:
+    """The share clipped, and the SQNR, of what each observing module meets in one forward on `batch`."""
+    figures: dict[nn.Module, tuple[float | None, float | None]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, FakeQuantize)
+        figures[module] = _figures(module, inputs.pop(module), output)
+
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[module] = args[0].detach().clone()
+
+    handles = []
+    for member in quantizer.observers.members:
+        if not member.dynamic:
+            handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(record)]
+    try:
+        with quantizer._evaluation(), torch.no_grad():
+            forward(quantizer.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return figures
+
+
+def _figures(module: FakeQuantize, input: Tensor, output: Tensor) -> tuple[float | None, float | None]:
+    clamped = input.double() if module.bounds is None else input.double().clamp(*module.bounds)
+    observed = module.observed_range
+    if not module.enabled or not bool(observed.any()):
+        return None, None
+    scale, zero_point = functional.qparams(
+        observed[0], observed[1], module.quant_min, module.quant_max, module.symmetric
+    )
+    if module.axis is not None:
+        shape = [-1 if axis == module.axis % input.dim() else 1 for axis in range(input.dim())]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    levels = (clamped / scale).round() + zero_point
+    clipped = (levels < module.quant_min) | (levels > module.quant_max)
+    return float(clipped.double().mean()), _sqnr(clamped, output)
+
+
+def _sqnr(signal: Tensor, quantized: Tensor) -> float | None:
+    power = float(signal.double().square().sum())
+    noise = float((signal.double() - quantized.double()).square().sum())
+    if power == 0 or not math.isfinite(power + noise):
+        return None
+    return math.inf if noise == 0 else 10 * math.log10(power / noise)
+
+
+def _cells(row: SummaryRow) -> list[str]:
+    return [
+        row.name or "(model)",
+        row.op_type,
+        row.quant_type,
+        "" if row.bits is None else str(row.bits),
+        row.dtype,
+        row.scheme,
+        "" if row.observed_range is None else "{:.4g} .. {:.4g}".format(*row.observed_range),
+        "" if row.clipped is None else f"{row.clipped:.2%}",
+        "" if row.sqnr is None else f"{row.sqnr:.1f} dB",
+        row.status,
+    ]
