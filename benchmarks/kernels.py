@@ -427,7 +427,7 @@ def dorefa_gradient(setting: Setting) -> Case:
     }
     candidates = {
         **_memory_speed(g),
-        OURS: Candidate(lambda: operator(g, ours, _BITS)),
+        OURS: Candidate(lambda: operator(g, ours, _BITS, 0)),
         **_chosen(setting, competition),
     }
     expected = through_autograd(reference.dorefa_gradient)

@@ -14,7 +14,7 @@ from quantkernels.quantizers import (
     Quantizer,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DoReFaQuantizer",

@@ -204,7 +204,7 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
     recorded = input.requires_grad and _is_grad_enabled()
     if inplace:
         check_writable(name, input, recorded)
-        if input.is_neg():  # whose bits are not its values
+        if input.is_neg() or torch.compiler.is_compiling():  # bits that are not its values; torch.export without dynamo
             return input.copy_(masked(name, input, False, arguments))
     if recorded:
         if _in_jit_trace():

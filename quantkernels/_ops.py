@@ -61,9 +61,9 @@ def build_info() -> dict[str, Any]:
     return info
 
 
-def fail(op: str, argument: str, expected: str, actual: object) -> NoReturn:
-    """Raises the one form of error message that all operators use."""
-    raise RuntimeError(f"{op}: expected `{argument}` to be {expected}, but got {actual}")
+def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = RuntimeError) -> NoReturn:
+    """Raises the one form of error message that all operators use; operators themselves raise RuntimeError."""
+    raise error(f"{op}: expected `{argument}` to be {expected}, but got {actual}")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -49,24 +49,30 @@ _tracing = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
-def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
+def quant_range(bits: int, quant_dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
     """The integer grid of a quantizer.
 
     Args:
         bits: 1 to 16, at least 2 when symmetric.
-        dtype: ``'uint'`` or ``'int'``.
+        quant_dtype: ``'uint'`` or ``'int'``.
         symmetric: the zero point is fixed; signed grids are then narrow, [-127, 127] for 8 bits (Jacob et al. 2018).
 
     Returns:
         ``(quant_min, quant_max)``.
+
+    Raises:
+        TypeError: `bits` is no int.
+        ValueError: a value is out of range.
     """
     op = "quant_range"
-    if dtype not in ("uint", "int"):
-        fail(op, "dtype", "'uint' or 'int'", repr(dtype))
+    if quant_dtype not in ("uint", "int"):
+        fail(op, "quant_dtype", "'uint' or 'int'", repr(quant_dtype), ValueError)
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        fail(op, "bits", "an int", repr(bits), TypeError)
     fewest = 2 if symmetric else 1
-    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= 16:
-        fail(op, "bits", f"an int from {fewest} to 16", repr(bits))
-    if dtype == "uint":
+    if not fewest <= bits <= 16:
+        fail(op, "bits", f"an int from {fewest} to 16", repr(bits), ValueError)
+    if quant_dtype == "uint":
         return 0, 2**bits - 1
     highest = 2 ** (bits - 1) - 1
     return (-highest if symmetric else -highest - 1), highest
@@ -107,7 +113,7 @@ def qparams(
     levels = quant_max - quant_min
     spread = high - low
     # A spread beyond the largest float is divided before it is doubled.
-    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high / 2 - low / 2, levels))
+    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high * 0.5 - low * 0.5, levels))
     scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
@@ -133,7 +139,7 @@ def _check_number(argument: str, value: object) -> None:
     number = int if argument == "zero_point" else (int, float)
     if isinstance(value, bool) or not isinstance(value, number):
         kind = "an int or a tensor" if argument == "zero_point" else "a positive finite number or a tensor"
-        fail("fake_quantize", argument, kind, repr(value))
+        fail("fake_quantize", argument, kind, repr(value), TypeError)
 
 
 def fake_quantize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import cases
 import pytest
+import stand_in
 import torch
 from test_functional import (  # noqa: F401  collected here once more, with the operators on the GPU
     assert_same_bits,
@@ -78,9 +79,6 @@ class OperatorsOnGpu:
 
         return call
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return self.on_gpu(getattr(torch.ops.quantkernels, name).default)
-
 
 @pytest.fixture(autouse=True)
 def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -91,8 +89,7 @@ def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: py
         torch.cuda.synchronize()
         return
     operators = OperatorsOnGpu()
-    monkeypatch.setattr(functional, "_raw", operators)
-    monkeypatch.setattr(functional, "_EAGER", functional._Operators.of(operators.on_gpu))
+    stand_in.install(operators.on_gpu, monkeypatch)
     yield
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     assert operators.calls > 0 or parameters.get("bits") == 32, "no operator ran on the GPU, and 32 bits need none"
@@ -187,7 +184,7 @@ def test_graph_capture_and_replay(size: int) -> None:
         functional.begin_step([known], [active], [pending], step, [1])
         y = functional.observe_fake_quantize(x, active, pending, 0, 255)
         functional.end_step([known], [pending], [0.1], step)
-        return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4)
+        return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4, 0)
 
     before = [tensor.clone() for tensor in (*state, rng_state)]
     graph = torch.cuda.CUDAGraph()

@@ -10,6 +10,7 @@ from typing import Any
 
 import cases
 import pytest
+import stand_in
 import torch
 from simt import toolchain
 from simt.operators import EmulatedOperators
@@ -76,14 +77,18 @@ def emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     kernels.configure()
 
 
-def install(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts `operators` in the place of ``torch.ops.quantkernels``, also where functional has looked them up before."""
-    monkeypatch.setattr(functional, "_raw", operators)
-    masked = {
-        name: (getattr(operators, name), getattr(operators, f"{name}_", None)) for name in functional._EAGER.masked
-    }
-    emulated = functional._Operators(operators.straight_through, operators.fake_quantize_per_tensor, masked)
-    monkeypatch.setattr(functional, "_EAGER", emulated)
+def install(operators: EmulatedOperators, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts `operators` in the place of ``torch.ops.quantkernels``."""
+
+    def emulated(operator: Any) -> Callable[..., Any]:
+        name = operator._schema.name.partition("::")[2]
+        overload = operator._schema.overload_name
+        if overload:
+            name = f"{name.rstrip('_')}_{overload}" + "_" * name.endswith("_")
+        function: Callable[..., Any] = getattr(operators, name)
+        return function
+
+    stand_in.install(emulated, monkeypatch)
 
 
 class Recorder:

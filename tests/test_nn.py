@@ -236,9 +236,9 @@ def test_to_device_moves_all_tensors() -> None:
 def test_a_module_of_the_meta_device_is_new_once_it_has_memory(scheme: Any) -> None:
     channels = 3 if scheme.startswith("per_channel") else None
     with torch.device("meta"):
-        module = FakeQuantize(4, scheme=scheme, channels=channels)
+        module = FakeQuantize(4, quant_scheme=scheme, channels=channels)
     module.to_empty(device="cpu").reset_parameters()
-    fresh = FakeQuantize(4, scheme=scheme, channels=channels)
+    fresh = FakeQuantize(4, quant_scheme=scheme, channels=channels)
     for seed in range(3):
         assert torch.equal(module(sample(3, 5, seed=seed)), fresh(sample(3, 5, seed=seed)))
     assert_same_state(module, state(fresh))
@@ -249,17 +249,17 @@ def test_a_module_of_the_meta_device_is_new_once_it_has_memory(scheme: Any) -> N
     [
         ({"bits": 0}, ValueError, "`bits` to be in 1..16, but got 0"),
         ({"bits": 17}, ValueError, "`bits` to be in 1..16, but got 17"),
-        ({"bits": 1, "scheme": "per_tensor_symmetric"}, ValueError, "`bits` to be in 2..16, but got 1"),
+        ({"bits": 1, "quant_scheme": "per_tensor_symmetric"}, ValueError, "`bits` to be in 2..16, but got 1"),
         ({"bits": 8.0}, TypeError, "`bits` to be an int, but got 8.0"),
         ({"bits": True}, TypeError, "`bits` to be an int, but got True"),
-        ({"dtype": "uint8"}, ValueError, "`dtype` to be one of uint, int, but got 'uint8'"),
-        ({"scheme": "affine"}, ValueError, "`scheme` to be one of per_tensor_affine, .* but got 'affine'"),
-        ({"scheme": ["per_tensor_affine"]}, ValueError, "`scheme` to be one of"),
-        ({"scheme": "per_channel_affine"}, ValueError, "`channels` to be given with scheme 'per_channel_affine'"),
-        ({"scheme": "per_channel_affine", "channels": 0}, ValueError, "`channels` to be at least 1, but got 0"),
-        ({"channels": 3}, ValueError, "`channels` to be None with scheme 'per_tensor_affine', but got 3"),
+        ({"quant_dtype": "uint8"}, ValueError, "`quant_dtype` to be one of uint, int, but got 'uint8'"),
+        ({"quant_scheme": "affine"}, ValueError, "`quant_scheme` to be one of per_tensor_affine, .* but got 'affine'"),
+        ({"quant_scheme": ["per_tensor_affine"]}, ValueError, "`quant_scheme` to be one of"),
+        ({"quant_scheme": "per_channel_affine"}, ValueError, "`channels` to be given with 'per_channel_affine'"),
+        ({"quant_scheme": "per_channel_affine", "channels": 0}, ValueError, "`channels` to be at least 1, but got 0"),
+        ({"channels": 3}, ValueError, "`channels` to be None with 'per_tensor_affine', but got 3"),
         (
-            {"scheme": "per_channel_affine", "channels": 3, "dynamic": True},
+            {"quant_scheme": "per_channel_affine", "channels": 3, "dynamic": True},
             ValueError,
             "`channels` to be None with `dynamic`, but got 3",
         ),
@@ -280,15 +280,20 @@ def test_fake_quantize_rejects_bad_arguments(arguments: dict[str, Any], error: t
 
 
 def test_fake_quantize_describes_itself() -> None:
-    assert repr(FakeQuantize()) == "FakeQuantize(bits=8, dtype=uint, scheme=per_tensor_affine, momentum=0.01)"
+    assert (
+        repr(FakeQuantize()) == "FakeQuantize(bits=8, quant_dtype=uint, quant_scheme=per_tensor_affine, momentum=0.01)"
+    )
     module = FakeQuantize(4, "int", "per_channel_symmetric", 1, 1.0, channels=3, bounds=(0, 6), inplace=True)
     module.frozen, module.enabled = True, False
     assert repr(module) == (
-        "FakeQuantize(bits=4, dtype=int, scheme=per_channel_symmetric, axis=1, channels=3, momentum=1, "
+        "FakeQuantize(bits=4, quant_dtype=int, quant_scheme=per_channel_symmetric, axis=1, channels=3, momentum=1, "
         "bounds=(0.0, 6.0), inplace=True, frozen=True, enabled=False)"
     )
     weight = FakeQuantize(4, "int", "per_channel_symmetric", dynamic=True)
-    assert repr(weight) == "FakeQuantize(bits=4, dtype=int, scheme=per_channel_symmetric, axis=0, dynamic=True)"
+    assert (
+        repr(weight)
+        == "FakeQuantize(bits=4, quant_dtype=int, quant_scheme=per_channel_symmetric, axis=0, dynamic=True)"
+    )
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

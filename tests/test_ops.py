@@ -253,33 +253,33 @@ def test_devices_must_agree(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "expected", "actual"),
+    ("kwargs", "kind", "expected", "actual"),
     [
-        ({"scale": 0.0}, "`scale` to be a positive finite number or a tensor", "0"),
-        ({"scale": math.nan}, "`scale` to be a positive finite number or a tensor", "nan"),
-        ({"scale": "1"}, "`scale` to be a positive finite number or a tensor", "'1'"),
-        ({"zero_point": 0.5}, "`zero_point` to be an int or a tensor", "0.5"),
-        ({"zero_point": 300}, "`zero_point` to be from quant_min = 0 to quant_max = 255", "300"),
+        ({"scale": 0.0}, RuntimeError, "`scale` to be a positive finite number or a tensor", "0"),
+        ({"scale": math.nan}, RuntimeError, "`scale` to be a positive finite number or a tensor", "nan"),
+        ({"scale": "1"}, TypeError, "`scale` to be a positive finite number or a tensor", "'1'"),
+        ({"zero_point": 0.5}, TypeError, "`zero_point` to be an int or a tensor", "0.5"),
+        ({"zero_point": 300}, RuntimeError, "`zero_point` to be from quant_min = 0 to quant_max = 255", "300"),
     ],
 )
-def test_numbers_are_checked(kwargs: dict[str, Any], expected: str, actual: str) -> None:
+def test_numbers_are_checked(kwargs: dict[str, Any], kind: type[Exception], expected: str, actual: str) -> None:
     arguments = {"scale": 0.1, "zero_point": 0, "quant_min": 0, "quant_max": 255, **kwargs}
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(kind) as error:
         functional.fake_quantize(torch.ones(3), **arguments)
     assert str(error.value) == f"fake_quantize: expected {expected}, but got {actual}"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected", "actual"),
+    ("arguments", "kind", "expected", "actual"),
     [
-        ((0,), "`bits` to be an int from 1 to 16", "0"),
-        ((1, "int", True), "`bits` to be an int from 2 to 16", "1"),
-        ((8.0,), "`bits` to be an int from 1 to 16", "8.0"),
-        ((8, "float"), "`dtype` to be 'uint' or 'int'", "'float'"),
+        ((0,), ValueError, "`bits` to be an int from 1 to 16", "0"),
+        ((1, "int", True), ValueError, "`bits` to be an int from 2 to 16", "1"),
+        ((8.0,), TypeError, "`bits` to be an int", "8.0"),
+        ((8, "float"), ValueError, "`quant_dtype` to be 'uint' or 'int'", "'float'"),
     ],
 )
-def test_quant_range_errors(arguments: tuple[Any, ...], expected: str, actual: str) -> None:
-    with pytest.raises(RuntimeError) as error:
+def test_quant_range_errors(arguments: tuple[Any, ...], kind: type[Exception], expected: str, actual: str) -> None:
+    with pytest.raises(kind) as error:
         functional.quant_range(*arguments)
     assert str(error.value) == f"quant_range: expected {expected}, but got {actual}"
 

@@ -94,7 +94,7 @@ def test_qat_instruments_weights_inputs_and_outputs() -> None:
     conv = model.conv1
     weight = conv.weight_quantizer
     assert isinstance(weight, FakeQuantize)
-    assert (weight.bits, weight.dtype, weight.axis, weight.dynamic) == (4, "int", 0, True)
+    assert (weight.bits, weight.quant_dtype, weight.axis, weight.dynamic) == (4, "int", 0, True)
     assert isinstance(conv.input_quantizer[0], FakeQuantize)
     assert isinstance(conv.output_quantizer, FakeQuantize)
     assert (conv.output_quantizer.bits, conv.output_quantizer.dynamic) == (8, False)
@@ -169,7 +169,7 @@ def test_the_gradient_into_a_layers_output_is_quantized_before_the_layer_uses_it
     DoReFaQuantizer(model, [{"q_bits": {"gradient": 3}, "op_types": ["Linear"]}]).compress()
     gradient = torch.randn(5, 6)
     model(torch.randn(5, 4)).backward(gradient)
-    expected = torch.ops.quantkernels.dorefa_gradient(gradient, torch.tensor([0, 0]), 3).sum(0)
+    expected = torch.ops.quantkernels.dorefa_gradient(gradient, torch.tensor([0, 0]), 3, 0).sum(0)
     torch.testing.assert_close(model[0].bias.grad, expected)
     assert not torch.allclose(expected, gradient.sum(0))
 

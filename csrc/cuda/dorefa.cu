@@ -40,7 +40,7 @@ cudaError_t launch_largest_tanh(const DoReFaWeightJob& job, void* workspace, Str
   WorkspaceLayout layout(workspace);
   const ReductionWorkspace<Compute<S>> reduction(layout, plan);
   const StoreLargestTanh<Compute<S>> finish{static_cast<Compute<S>*>(job.statistic)};
-  return launch_reduction<S>(job.input, plan, reduction, finish, stream);
+  return launch_reduction<S, true>(job.input, plan, reduction, finish, stream);
 }
 
 }  // namespace

@@ -232,15 +232,17 @@ struct ReductionWorkspace {
         partials(layout.take<Extrema<T>>(plan.view.channels * plan.slices)) {}
 };
 
-// f(Mapping{}) with the plan's.
-template <class S, class F>
+// f(Mapping{}) with the plan's. One channel is never reduced by column.
+template <class S, bool kOneChannel, class F>
 cudaError_t dispatch_mapping(const ReductionPlan& plan, const F& f) {
-  if (plan.by_column) return f(ByColumn{});
+  if constexpr (!kOneChannel) {
+    if (plan.by_column) return f(ByColumn{});
+  }
   return plan.is_vectorised ? f(ByRow<kAccessElements<S>>{}) : f(ByRow<1>{});
 }
 
 // finish(channel, extrema) for every channel.
-template <class S, class Finish>
+template <class S, bool kOneChannel = false, class Finish>
 cudaError_t launch_reduction(const void* input, const ReductionPlan& plan,
                              const ReductionWorkspace<Compute<S>>& workspace, const Finish& finish, Stream stream) {
   if (plan.slices > 1) {
@@ -248,7 +250,7 @@ cudaError_t launch_reduction(const void* input, const ReductionPlan& plan,
     const cudaError_t error = cudaMemsetAsync(workspace.counters, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
-  return dispatch_mapping<S>(plan, [&](auto mapping) {
+  return dispatch_mapping<S, kOneChannel>(plan, [&](auto mapping) {
     return launch(extrema_kernel<S, decltype(mapping), Finish>, item_blocks(plan), kBlockThreads, stream,
                   static_cast<const S*>(input), plan, workspace.partials, workspace.counters, finish);
   });

@@ -32,8 +32,8 @@ class FakeQuantize(nn.Module):
 
     Args:
         bits: width of the integer grid, 1 to 16; at least 2 for a symmetric scheme.
-        dtype: 'uint' or 'int', the integers of the grid.
-        scheme: 'per_tensor_affine', 'per_tensor_symmetric', 'per_channel_affine' or 'per_channel_symmetric'.
+        quant_dtype: 'uint' or 'int', the integers of the grid.
+        quant_scheme: 'per_tensor_affine', 'per_tensor_symmetric', 'per_channel_affine' or 'per_channel_symmetric'.
         axis: the channel axis of a per-channel scheme; ignored per tensor.
         momentum: weight of a step's extrema in the moving average, in (0, 1]; 1 takes the last step's alone.
         channels: size of the input along `axis`; required by per-channel schemes that observe, and by them only.
@@ -68,8 +68,8 @@ class FakeQuantize(nn.Module):
     def __init__(
         self,
         bits: int = 8,
-        dtype: Dtype = "uint",
-        scheme: Scheme = "per_tensor_affine",
+        quant_dtype: Dtype = "uint",
+        quant_scheme: Scheme = "per_tensor_affine",
         axis: int = 0,
         momentum: float = 0.01,
         *,
@@ -79,27 +79,27 @@ class FakeQuantize(nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check_grid(bits, dtype, scheme)
+        _check_grid(bits, quant_dtype, quant_scheme)
         _check_integer("axis", axis)
         if not isinstance(momentum, int | float) or isinstance(momentum, bool):
             raise TypeError(f"FakeQuantize: expected `momentum` to be a number, but got {momentum!r}")
         if not 0 < momentum <= 1:
             raise ValueError(f"FakeQuantize: expected `momentum` to be in (0, 1], but got {momentum!r}")
-        per_channel = scheme.startswith("per_channel")
-        _check_channels(channels, per_channel, dynamic, scheme)
+        per_channel = quant_scheme.startswith("per_channel")
+        _check_channels(channels, per_channel, dynamic, quant_scheme)
         if dynamic and (bounds is not None or inplace):
             raise ValueError("FakeQuantize: expected `bounds` and `inplace` not to be given with `dynamic`")
         self.bits = bits
-        self.dtype: Dtype = dtype
-        self.scheme: Scheme = scheme
+        self.quant_dtype: Dtype = quant_dtype
+        self.quant_scheme: Scheme = quant_scheme
         self.axis = axis if per_channel else None
         self.channels = channels
         self.momentum = float(momentum)
         self.dynamic = dynamic
         self.bounds = _checked_bounds(bounds)
         self.inplace = inplace
-        self.symmetric = scheme.endswith("symmetric")
-        self.quant_min, self.quant_max = functional.quant_range(bits, dtype, self.symmetric)
+        self.symmetric = quant_scheme.endswith("symmetric")
+        self.quant_min, self.quant_max = functional.quant_range(bits, quant_dtype, self.symmetric)
         self.enabled = True
         self.frozen = False
         self.calibrating = False
@@ -207,12 +207,12 @@ class FakeQuantize(nn.Module):
 
     def grid(self) -> dict[str, Any]:
         """What a state_dict tells of the grid."""
-        grid = {"bits": self.bits, "dtype": self.dtype, "scheme": self.scheme}
+        grid = {"bits": self.bits, "dtype": self.quant_dtype, "scheme": self.quant_scheme}
         return grid if self.axis is None else {**grid, "axis": self.axis}
 
     def extra_repr(self) -> str:
         """Describes the grid, and those options that differ from their defaults."""
-        parts = [f"bits={self.bits}, dtype={self.dtype}, scheme={self.scheme}"]
+        parts = [f"bits={self.bits}, quant_dtype={self.quant_dtype}, quant_scheme={self.quant_scheme}"]
         if self.axis is not None:
             parts.append(f"axis={self.axis}" + (f", channels={self.channels}" if self.channels else ""))
         parts.append("dynamic=True" if self.dynamic else f"momentum={self.momentum:g}")
@@ -232,7 +232,7 @@ def clamped(input: Tensor, bounds: tuple[float, float], inplace: bool) -> Tensor
 
 
 def _check_grid(bits: object, dtype: object, scheme: object) -> None:
-    for name, value, known in (("dtype", dtype, get_args(Dtype)), ("scheme", scheme, get_args(Scheme))):
+    for name, value, known in (("quant_dtype", dtype, get_args(Dtype)), ("quant_scheme", scheme, get_args(Scheme))):
         if value not in known:
             raise ValueError(f"FakeQuantize: expected `{name}` to be one of {', '.join(known)}, but got {value!r}")
     minimum = 2 if str(scheme).endswith("symmetric") else 1
@@ -242,10 +242,10 @@ def _check_grid(bits: object, dtype: object, scheme: object) -> None:
 def _check_channels(channels: object, per_channel: bool, dynamic: bool, scheme: str) -> None:
     if per_channel and not dynamic:
         if channels is None:
-            raise ValueError(f"FakeQuantize: expected `channels` to be given with scheme {scheme!r}, but got None")
+            raise ValueError(f"FakeQuantize: expected `channels` to be given with {scheme!r}, but got None")
         _check_integer("channels", channels, minimum=1)
     elif channels is not None:
-        why = "`dynamic`" if dynamic else f"scheme {scheme!r}"
+        why = "`dynamic`" if dynamic else repr(scheme)
         raise ValueError(f"FakeQuantize: expected `channels` to be None with {why}, but got {channels}")
 
 

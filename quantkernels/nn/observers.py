@@ -114,7 +114,7 @@ class Observers:
     def _by_device(self, members: Iterable[FakeQuantize], counts: bool = False) -> list[_OnDevice]:
         """The members' tensors by device; with `counts` a group on the counter's device even if it is empty."""
         groups: dict[torch.device, _OnDevice] = {}
-        if counts and self.members and self.model is not None:
+        if counts and self.model is not None:
             device = self._counter(self.model).device
             groups[device] = _OnDevice(device, [], [], [], [])
         for member in members:

@@ -611,10 +611,12 @@ class Quantizer(abc.ABC):
         if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:
             return
         self._training_forwards += 1
-        if self._training_forwards < _FORWARDS_BEFORE_THE_REPORT or _has_compiled():
+        if self._training_forwards < _FORWARDS_BEFORE_THE_REPORT:
             return
         self._training_forwards += 1
-        lines = [f"{layer}: {why}" for layer in self.layers for why in idle_reasons(layer)]
+        compiled = _compiled_parts(self.model)
+        layers = [layer for layer in self.layers if layer.module not in compiled]
+        lines = [f"{layer}: {why}" for layer in layers for why in idle_reasons(layer)]
         if lines:
             warnings.warn(
                 f"{type(self).__name__}: in the first {_FORWARDS_BEFORE_THE_REPORT} training forwards these were not "
@@ -778,12 +780,10 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _has_compiled() -> bool:
-    """Whether torch.compile is in use in this process: what it compiled is not tracked."""
-    import sys
-
-    utils = sys.modules.get("torch._dynamo.utils")
-    return utils is not None and sum(utils.counters["frames"].values()) > 0
+def _compiled_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules inside a part of `model` that is compiled; what runs there is not tracked."""
+    parts = [m for m in model.modules() if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule"]
+    return {module for part in parts for module in part.modules()}
 
 
 def _attention_projections(modules: Iterable[NamedModule]) -> dict[nn.Module, NamedModule]:

@@ -20,8 +20,8 @@ from quantkernels.quantizers.layers import cached, quantized_class
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import Quantizer
 
-GRIDS = "quantizer_grids"
-"""The state_dict's key of the description of all grids: JSON, as a uint8 tensor."""
+GRIDS = "_extra_state"
+"""The state_dict's key of the description of all grids: JSON, as a uint8 tensor. It is torch's name for such things."""
 
 FORMAT_VERSION = 1
 _QUANTIZER = "_quantizer"
@@ -65,33 +65,40 @@ def compressed_class(cls: type[nn.Module]) -> type[nn.Module]:
             return cls.forward(self, *args, **kwargs)
         return quantizer._forward(self, cls.forward, args, kwargs)
 
-    def save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-        cls._save_to_state_dict(self, destination, prefix, keep_vars)
-        if (quantizer := quantizer_of(self)) is not None:
-            destination[prefix + GRIDS] = _encode(quantizer._grids())
+    def get_extra_state(self: Any) -> Tensor:
+        quantizer = quantizer_of(self)
+        return _encode({} if quantizer is None else quantizer._grids())
+
+    def set_extra_state(self: Any, state: Any) -> None:
+        """Nothing is left to do: `load` has compared it before anything was loaded."""
 
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if (quantizer := quantizer_of(self)) is not None:
+        quantizer = quantizer_of(self)
+        if quantizer is None:
+            state_dict.setdefault(prefix + GRIDS, _encode({}))
+        else:
             _check_grids(quantizer, state_dict, prefix)
         cls._load_from_state_dict(self, state_dict, prefix, *rest)
 
-    members = {"forward": forward, "_save_to_state_dict": save, "_load_from_state_dict": load, "__reduce_ex__": _reduce}
+    members = {"forward": forward, "_load_from_state_dict": load, "__reduce_ex__": _reduce}
+    members |= {"get_extra_state": get_extra_state, "set_extra_state": set_extra_state}
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     members["_uncompressed_class"] = cls
     return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
 def _check_grids(quantizer: Quantizer, state_dict: dict[str, Any], prefix: str) -> None:
-    """Takes the description out of `state_dict` and compares it; lets a float model's state keep what we have.
+    """Compares the description in `state_dict` with the model's; lets a float model's state keep what we have.
 
     Raises:
         RuntimeError: the state is of other grids, or of a newer format. Nothing has been loaded then.
     """
-    described = state_dict.pop(prefix + GRIDS, None)
+    described = state_dict.get(prefix + GRIDS)
     own = {prefix + name: tensor for name, tensor in quantizer._state().items()}
     if described is None:
         if not any(name in state_dict for name in own):
             state_dict.update(own)
+            state_dict[prefix + GRIDS] = _encode(quantizer._grids())
         return
     theirs = _decode(described)
     if theirs.get("version") != FORMAT_VERSION:

@@ -141,7 +141,7 @@ void reciprocal_float64() {
     const int exponent = static_cast<int>(random() % 276) - 149;
     float scale = std::ldexp(1.0f + static_cast<float>(random() >> 41) * 0x1p-23f, exponent);
     if (i % 4 == 0) scale = std::nextafter(std::ldexp(2.0f, exponent), 0.0f);  // the nearest approach to a midpoint
-    const auto grid = qk::make_affine<double>(scale, 0, -65535, 65535, -INFINITY, INFINITY);
+    const auto grid = qk::make_affine<double>(scale, 0, -65535, 65535, -double{INFINITY}, double{INFINITY});
     expect(grid.mode == qk::AffineMode::kReciprocal, "mode", scale);
     for (int j = 0; j < 64; ++j) {
       const double tie = static_cast<double>(random() % (j < 32 ? 64 : 65535)) + 0.5;
