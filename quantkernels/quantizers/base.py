@@ -511,7 +511,7 @@ class Quantizer(abc.ABC):
             self._folded.append(chain)
             layer = layers.get(producer)
             quantizer = None if layer is None else layer.quantizers.get("weight")
-            if isinstance(quantizer, FakeQuantize) and quantizer.scheme != "per_channel_symmetric":
+            if isinstance(quantizer, FakeQuantize) and quantizer.quant_scheme != "per_channel_symmetric":
                 layers_.put_fold(producer, FoldedWeight(producer, norm))
 
     def _fuse_batch_norms(self, chains: dict[nn.Module, Chain]) -> None:
