@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -330,6 +331,40 @@ class Quantizer(abc.ABC):
             Rows and notes; see Summary. This reads tensors, so it is not for the inside of a training step.
         """
         return summarize(self, batch, forward or _call)
+
+    def export_model(
+        self,
+        model_path: str | os.PathLike[str],
+        calibration_path: str | os.PathLike[str] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Writes the float weights and the calibration config. The model stays compressed.
+
+        Args:
+            model_path: gets the state_dict of the float model, by torch.save.
+            calibration_path: gets the calibration config: JSON if the name ends in '.json', else by torch.save.
+
+        Returns:
+            The calibration config: see quantkernels.export.calibration.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: a layer cannot be exported; it is named. No file is changed then, and none is ever
+                left half written.
+        """
+        from quantkernels import export
+
+        return export.export_model(self, model_path, calibration_path)
+
+    def load_calibration_config(self, config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+        """Sets the observed ranges to those of a calibration config, or of the file that holds one.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: the config is not this model's; the layer and the key are named, nothing is changed.
+        """
+        from quantkernels import export
+
+        export.load_calibration_config(self, config)
 
     def quantizer_modules(self) -> Iterator[Any]:
         """The modules that quantize, in the model's order."""
