@@ -1,6 +1,17 @@
-"""Deployment: the calibration config and the float weights of a trained model."""
+"""Deployment: the calibration config, the integer ONNX model and its verification."""
 
 from quantkernels.export.calibration import calibration_config, load_calibration_config
 from quantkernels.export.model import export_model
+from quantkernels.export.onnx import IntegerModel, integer_model
+from quantkernels.export.verification import Verification, VerificationError, verify
 
-__all__ = ["calibration_config", "export_model", "load_calibration_config"]
+__all__ = [
+    "IntegerModel",
+    "Verification",
+    "VerificationError",
+    "calibration_config",
+    "export_model",
+    "integer_model",
+    "load_calibration_config",
+    "verify",
+]

@@ -50,14 +50,17 @@ class Grid:
         """The same values on integers around zero: a grid 0..255 becomes -128..127, which every engine takes."""
         if self.quant_min < 0:
             return self, levels
-        shift = (self.quant_max + 1) // 2
-        grid = replace(
+        shift = -((self.quant_max + 1) // 2)
+        return self.shifted(shift), levels + shift
+
+    def shifted(self, shift: int) -> Grid:
+        """The same values on integers that are `shift` higher."""
+        return replace(
             self,
-            zero_point=self.zero_point - shift,
-            quant_min=self.quant_min - shift,
-            quant_max=self.quant_max - shift,
+            zero_point=self.zero_point + shift,
+            quant_min=self.quant_min + shift,
+            quant_max=self.quant_max + shift,
         )
-        return grid, levels - shift
 
     def _along(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         if self.axis is None:

@@ -1,0 +1,305 @@
+"""Verification: the exported file in ONNX Runtime against the evaluated model, and which layers run as integers."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quantkernels.export.grids import Grid, named_quantizers
+
+if TYPE_CHECKING:
+    from quantkernels.export.onnx import IntegerModel
+    from quantkernels.quantizers.base import Quantizer
+
+LEAST_EQUAL = 0.9999
+MOST_STEPS = 1
+_INTEGER = frozenset({"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"})
+_WEIGHT_ONLY = "MatMulNBits"
+_ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+
+
+class VerificationError(RuntimeError):
+    """The exported model computes something else than the evaluated model."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one output of the file compares with the model's.
+
+    Attributes:
+        output: its name.
+        equal: the share of elements that differ by less than half a step.
+        steps: the largest difference, in steps of the output's grid; of an output on no grid, in steps of the 8-bit
+            grid over its largest magnitude.
+        top1: the share of rows whose largest element is at the same place; None for an output of no such shape.
+    """
+
+    output: str
+    equal: float
+    steps: float
+    top1: float | None
+
+    @property
+    def within_bounds(self) -> bool:
+        """Whether at least 99.99 % are equal and none differs by more than one step."""
+        return self.equal >= LEAST_EQUAL and self.steps < MOST_STEPS + 0.5
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A convolution or linear layer in the optimised graph.
+
+    Attributes:
+        name: its name in the model.
+        operator: what ONNX Runtime made of it.
+        multiplications: for one sample.
+        why_float: why it is not computed in integers; '' where it is.
+    """
+
+    name: str
+    operator: str
+    multiplications: int
+    why_float: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        unoptimized: of the file without graph optimisation, against the model with its biases as deployed.
+        optimized: of the file with all optimisations, against the same.
+        bias_rounding: of the file against the model with its biases as trained: what int32 biases change.
+        default_matmul: of a file with weight-only products, at ONNX Runtime's default accuracy level, which quantizes
+            their inputs; empty without such.
+        layers: the convolutions and linear layers.
+    """
+
+    unoptimized: tuple[Agreement, ...]
+    optimized: tuple[Agreement, ...]
+    bias_rounding: tuple[Agreement, ...]
+    layers: tuple[LayerReport, ...]
+    default_matmul: tuple[Agreement, ...] = field(default=())
+
+    @property
+    def integer_share(self) -> float:
+        """The share of the convolutions' and linear layers' multiplications that run as integers."""
+        total = sum(layer.multiplications for layer in self.layers)
+        integer = sum(layer.multiplications for layer in self.layers if not layer.why_float)
+        return integer / total if total else 0.0
+
+    def __str__(self) -> str:
+        """A table of the outputs, and the layers that do not run as integers, with the reasons."""
+        rows = [("", "output", "equal", "largest difference", "top-1")]
+        for title, agreements in (
+            ("unoptimised", self.unoptimized),
+            ("optimised", self.optimized),
+            ("biases as trained", self.bias_rounding),
+            ("default MatMulNBits", self.default_matmul),
+        ):
+            for found in agreements:
+                top1 = "" if found.top1 is None else f"{found.top1:.2%}"
+                rows.append((title, found.output, f"{found.equal:.3%}", f"{found.steps:.2f} steps", top1))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"{self.integer_share:.1%} of the layers' multiplications run as integers")
+        lines += [
+            f"  not {layer.name} ({layer.operator}): {layer.why_float}" for layer in self.layers if layer.why_float
+        ]
+        return "\n".join(lines)
+
+
+def verify(quantizer: Quantizer, exported: IntegerModel, path: str | Path | None = None) -> Verification:
+    """Runs an exported model in ONNX Runtime beside the evaluated model, on the inputs that it was traced with.
+
+    Args:
+        quantizer: of the compressed model.
+        exported: the integer model.
+        path: the file to run; without it the model's own bytes.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        VerificationError: an output differs beyond the bounds; the first tensor that does is named.
+    """
+    if find_spec("onnxruntime") is None:
+        raise ImportError("export: verification needs onnxruntime; run: pip install 'quantkernels[onnx]'")
+    source = exported.serialized() if path is None else str(path)
+    trained, deployed = _evaluated(quantizer), _evaluated(quantizer)
+    _shift_biases(deployed, exported.placed.bias_shifts)
+    feeds = _feeds(exported)
+    expected, unrounded = _outputs(deployed, exported), _outputs(trained, exported)
+    grids = exported.placed.grids
+
+    plain = run(source, feeds, optimized=False)
+    with tempfile.TemporaryDirectory() as folder:
+        optimized_path = Path(folder) / "optimized.onnx"
+        fused = run(source, feeds, optimized=True, optimized_path=optimized_path)
+        layers = _layers(exported, optimized_path)
+    names = [str(output.name) for output in exported.model.graph.outputs]
+    unoptimized = _agreements(names, plain, expected, grids)
+    optimized = _agreements(names, fused, expected, grids)
+    for title, found, is_optimized in (("without", unoptimized, False), ("with", optimized, True)):
+        if not all(agreement.within_bounds for agreement in found):
+            worst = min(found, key=lambda agreement: agreement.equal)
+            where = _first_difference(deployed, exported, feeds, is_optimized)
+            raise VerificationError(
+                f"export: in ONNX Runtime {title} optimisation, expected output {worst.output!r} to equal the "
+                f"evaluated model's on {LEAST_EQUAL:.2%} of its elements and within {MOST_STEPS} step, but got {worst.equal:.3%} "
+                f"and {worst.steps:.2f} steps; the first tensor that differs is {where}"
+            )
+    default: tuple[Agreement, ...] = ()
+    if any(layer.operator == _WEIGHT_ONLY for layer in layers):
+        default = _agreements(names, run(source, feeds, optimized=True, accuracy_level=None), expected, grids)
+    return Verification(unoptimized, optimized, _agreements(names, plain, unrounded, grids), layers, default)
+
+
+def run(
+    source: bytes | str,
+    feeds: dict[str, Any],
+    *,
+    optimized: bool,
+    optimized_path: Path | None = None,
+    accuracy_level: int | None = 0,
+) -> list[Tensor]:
+    """The outputs of an ONNX model on ONNX Runtime's CPU provider.
+
+    Args:
+        source: the model's bytes, or the name of its file.
+        feeds: numpy arrays by input.
+        optimized: with all graph optimisations, or with none.
+        optimized_path: gets the optimised graph.
+        accuracy_level: of weight-only products: 0 is exact, None is ONNX Runtime's default.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    if optimized_path is not None:
+        options.optimized_model_filepath = str(optimized_path)
+    if accuracy_level is not None:
+        options.add_session_config_entry(_ACCURACY_LEVEL, str(accuracy_level))
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(array.copy()) for array in session.run(None, feeds)]
+
+
+def _evaluated(quantizer: Quantizer) -> nn.Module:
+    model = copy.deepcopy(quantizer.model).eval().cpu().float()
+    type(quantizer).of(model)._has_reported_evaluation = True  # who exports a model without ranges was told before
+    return model
+
+
+def _shift_biases(model: nn.Module, shifts: dict[str, Tensor]) -> None:
+    """Adds to each bias what rounding to its int32 grid does; batch norm's bias, where that was folded."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, shift in shifts.items():
+            if name in parameters:
+                parameters[name].add_(shift)
+
+
+def _feeds(exported: IntegerModel) -> dict[str, Any]:
+    tensors = [value for value in (*exported.args, *exported.kwargs.values()) if isinstance(value, Tensor)]
+    inputs = [str(value.name) for value in exported.model.graph.inputs]
+    return {name: tensor.numpy() for name, tensor in zip(inputs, tensors, strict=True)}
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, exported: IntegerModel) -> list[Tensor]:
+    result = model(*copy.deepcopy(exported.args), **copy.deepcopy(exported.kwargs))
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _agreements(
+    names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], grids: dict[str, Grid]
+) -> tuple[Agreement, ...]:
+    return tuple(
+        compare(name, ours, theirs, grids.get(name)) for name, ours, theirs in zip(names, actual, expected, strict=True)
+    )
+
+
+def compare(name: str, actual: Tensor, expected: Tensor, grid: Grid | None) -> Agreement:
+    """How `actual` agrees with `expected`, which has the same shape."""
+    if actual.shape != expected.shape:
+        raise VerificationError(
+            f"export: expected output {name!r} to be of shape {list(expected.shape)}, but got {list(actual.shape)}"
+        )
+    step = float(expected.abs().max()) / 127 if grid is None and expected.numel() else 1.0
+    if grid is not None:
+        step = float(grid.scale)
+    difference = (actual.double() - expected.double()).abs() / (step or 1.0)
+    difference = difference.nan_to_num(nan=float("inf"))
+    has_rows = expected.dim() == 2 and expected.shape[1] > 1
+    top1 = float((actual.argmax(1) == expected.argmax(1)).double().mean()) if has_rows else None
+    if expected.numel() == 0:
+        return Agreement(name, 1.0, 0.0, None)
+    return Agreement(name, float((difference < 0.5).double().mean()), float(difference.max()), top1)
+
+
+def _layers(exported: IntegerModel, optimized_path: Path) -> tuple[LayerReport, ...]:
+    import onnx
+
+    graph = onnx.load(str(optimized_path), load_external_data=False).graph
+    operators = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in graph.node}
+    reports = []
+    for layer in exported.placed.layers:
+        operator = operators.get(layer.name, "not found")
+        why = "" if operator in _INTEGER else layer.why_float or "ONNX Runtime did not fuse it"
+        reports.append(LayerReport(layer.name, operator, layer.multiplications, why))
+    return tuple(reports)
+
+
+def _first_difference(model: nn.Module, exported: IntegerModel, feeds: dict[str, Any], optimized: bool) -> str:
+    """The name of the first quantized input or output, in the graph's order, that differs beyond the bounds."""
+    import onnx
+
+    expected = dict(_quantized_values(model, exported))
+    proto = onnx.load_from_string(exported.serialized())
+    wanted = [
+        (node.name.removesuffix(".dequantize"), node.output[0])
+        for node in proto.graph.node
+        if node.op_type == "DequantizeLinear" and node.name.removesuffix(".dequantize") in expected
+    ]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=value) for _, value in wanted)
+    values = run(proto.SerializeToString(), feeds, optimized=optimized)[len(exported.model.graph.outputs) :]
+    for (key, _), value in zip(wanted, values, strict=True):
+        reference, grid = expected[key]
+        if not compare(key, value.reshape(reference.shape), reference, grid).within_bounds:
+            return repr(key)
+    return "the output itself"
+
+
+def _quantized_values(model: nn.Module, exported: IntegerModel) -> Iterator[tuple[str, tuple[Tensor, Grid | None]]]:
+    """What each quantizer of an input or output gives in one call of the model, the last where it is called often."""
+    from quantkernels.export.grids import activation_of
+    from quantkernels.quantizers.base import Quantizer
+
+    values: dict[str, tuple[Tensor, Grid | None]] = {}
+    handles = []
+    for named in named_quantizers(Quantizer.of(model)):
+        if named.quant_type in ("input", "output"):
+            grid = activation_of(named.module).grid
+
+            def keep(
+                module: nn.Module, args: Any, output: Tensor, name: str = named.name, grid: Grid | None = grid
+            ) -> None:
+                values[name] = (output.detach().clone(), grid)
+
+            handles.append(named.module.register_forward_hook(keep))
+    try:
+        _outputs(model, exported)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from values.items()
