@@ -320,7 +320,7 @@ def test_verification_names_the_first_tensor_that_differs() -> None:
     quantizer = compressed(net(), entries())
     exported = integer_model(quantizer, torch.rand(64, 1, 8, 8))
     change_scale(exported)
-    with pytest.raises(VerificationError, match=r"the first tensor that differs is '5.output_quantizer'"):
+    with pytest.raises(VerificationError, match=r"the first that differs, '5.output_quantizer', is equal on"):
         verify(quantizer, exported)
 
 
