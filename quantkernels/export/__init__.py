@@ -1,6 +1,7 @@
-"""Deployment: the calibration config, the integer ONNX model and its verification."""
+"""Deployment: the calibration config, the integer ONNX model, its verification, a plain module."""
 
 from quantkernels.export.calibration import calibration_config, load_calibration_config
+from quantkernels.export.conversion import convert
 from quantkernels.export.model import export_model
 from quantkernels.export.onnx import IntegerModel, integer_model
 from quantkernels.export.verification import Verification, VerificationError, verify
@@ -10,6 +11,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "calibration_config",
+    "convert",
     "export_model",
     "integer_model",
     "load_calibration_config",

@@ -396,6 +396,20 @@ class Quantizer(abc.ABC):
 
         export.load_calibration_config(self, config)
 
+    def convert(self) -> nn.Module:
+        """A copy of the model for inference: integer weights, fixed grids, torch's own operators, no training state.
+
+        It computes what the evaluated model does. torch.export, torch.compile, AOTInductor and safetensors take it, and
+        what torch.export and AOTInductor save loads without quantkernels. Weights of up to 8 bits take a byte each.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: a layer cannot be converted; it is named.
+        """
+        from quantkernels import export
+
+        return export.convert(self)
+
     def quantizer_modules(self) -> Iterator[Any]:
         """The modules that quantize, in the model's order."""
         for layer in self.layers:

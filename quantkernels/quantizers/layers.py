@@ -204,7 +204,9 @@ def _with_quantized_weights(cls: type[nn.Module], module: Any, args: Any, kwargs
     try:
         for owner, name, quantizer in _weights(module):
             value = quantizer(getattr(owner, name))
-            holder: dict[str, Any] = owner._parameters if name in owner._parameters else vars(owner)
+            parameters: dict[str, Any] = owner._parameters
+            buffers: dict[str, Any] = owner._buffers  # a converted layer's integers
+            holder = parameters if name in parameters else buffers if name in buffers else vars(owner)
             key = name if name in holder else _IN_CALL
             in_place.append((holder, key, holder.get(key)))
             holder[key] = value
