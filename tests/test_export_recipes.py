@@ -160,6 +160,26 @@ def test_networks_run_as_integers_in_onnx_runtime(name: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_weights_of_7_bits_are_int8_and_exact() -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    digits = demo.load_digits()
+    torch.manual_seed(0)
+    model = networks.resnet()
+    quantizer = QAT_Quantizer(model, recipes.onnxruntime(model, weight_bits=7))
+    quantizer.compress()
+    networks.trained(model, digits, epochs=1)
+    exported = integer_model(quantizer, digits.test_images)
+    graph = onnx.load_from_string(exported.serialized()).graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor).dtype.name for tensor in graph.initializer}
+    assert {dtype for name, dtype in stored.items() if name.endswith("weight.quantized")} == {"int8"}
+    found = verify(quantizer, exported)
+    assert found.integer_share == 1.0
+    assert min(piece.equal for piece in found.optimized_pieces) >= 0.9999
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_encoder_with_weights_of_4_bits_alone() -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -1,6 +1,7 @@
-"""Deployment: the calibration config, the integer ONNX model, its verification, a plain module."""
+"""Deployment: the calibration config, the integer ONNX model, its verification, a report, a plain module."""
 
 from quantkernels.export.calibration import calibration_config, load_calibration_config
+from quantkernels.export.comparison import Report, report
 from quantkernels.export.conversion import convert
 from quantkernels.export.model import export_model
 from quantkernels.export.onnx import IntegerModel, integer_model
@@ -8,6 +9,7 @@ from quantkernels.export.verification import Verification, VerificationError, ve
 
 __all__ = [
     "IntegerModel",
+    "Report",
     "Verification",
     "VerificationError",
     "calibration_config",
@@ -15,5 +17,6 @@ __all__ = [
     "export_model",
     "integer_model",
     "load_calibration_config",
+    "report",
     "verify",
 ]

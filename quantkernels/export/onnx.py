@@ -54,7 +54,9 @@ class IntegerModel:
         """The model as an ONNX file's bytes."""
         import onnx_ir
 
-        return onnx_ir.to_proto(self.model).SerializeToString()  # type: ignore[no-any-return]
+        proto = onnx_ir.to_proto(self.model)
+        del proto.graph.value_info[:]  # the types of the initializers once more
+        return proto.SerializeToString()  # type: ignore[no-any-return]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file, whole or not at all.
@@ -107,6 +109,16 @@ def integer_model(quantizer: Quantizer, inputs: Batch, profile: str = "onnxrunti
     placed = Placement(traced, activations, weights, chosen).run()
     _finish(traced, type(quantizer).__name__, chosen)
     return IntegerModel(traced, placed, chosen, args, kwargs)
+
+
+def traced_float_model(model: nn.Module, inputs: Batch, opset: int = 21) -> bytes:
+    """The ONNX file of a float model, for comparison, without torch's stack traces; see `integer_model`."""
+    import onnx_ir
+
+    args, kwargs = _arguments(inputs)
+    traced = _trace(model.eval().cpu().float(), args, kwargs, opset)
+    _strip(traced)
+    return onnx_ir.to_proto(traced).SerializeToString()  # type: ignore[no-any-return]
 
 
 class _Marker(nn.Module):
@@ -206,6 +218,29 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _strip(model: Any) -> None:
+    """Takes out what torch notes of each node, such as stack traces, and the shapes within, which engines infer."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)
+    inner = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
+    for index, value in enumerate(inner):
+        value.name = f"t{index}"  # nodes and parameters have telling names
+        value.shape = value.type = None
+    for node in model.graph:
+        for name in [name for name, attribute in node.attributes.items() if _is_default(name, attribute.value)]:
+            del node.attributes[name]
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+            node.name = None
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an attribute that torch writes says nothing."""
+    if name == "dilations":
+        return set(value) == {1}
+    return (name, value) in {("auto_pad", "NOTSET"), ("storage_order", 0), ("ceil_mode", 0)}
+
+
 def _finish(model: Any, quantizer: str, profile: Profile) -> None:
     """Removes what is not used any more, names the maker, and checks the result."""
     import onnx
@@ -215,6 +250,7 @@ def _finish(model: Any, quantizer: str, profile: Profile) -> None:
     from quantkernels import __version__
 
     RemoveUnusedNodesPass()(model)
+    _strip(model)
     model.opset_imports.pop("quantkernels", None)
     model.producer_name, model.producer_version = "quantkernels", __version__
     model.metadata_props.update({"quantkernels.quantizer": quantizer, "quantkernels.profile": profile.name})

@@ -150,7 +150,7 @@ def verify(quantizer: Quantizer, exported: IntegerModel, path: str | Path | None
     source = exported.serialized() if path is None else str(path)
     trained, deployed = _evaluated(quantizer), _evaluated(quantizer)
     _shift_biases(deployed, exported.placed.bias_shifts)
-    feeds = _feeds(exported)
+    feeds = feeds_of(exported)
     expected, unrounded = _outputs(deployed, exported), _outputs(trained, exported)
     grids = exported.placed.grids
 
@@ -224,7 +224,8 @@ def _shift_biases(model: nn.Module, shifts: dict[str, Tensor]) -> None:
                 parameters[name].add_(shift)
 
 
-def _feeds(exported: IntegerModel) -> dict[str, Any]:
+def feeds_of(exported: IntegerModel) -> dict[str, Any]:
+    """The numpy arrays, by input, that the model was traced with."""
     tensors = [value for value in (*exported.args, *exported.kwargs.values()) if isinstance(value, Tensor)]
     inputs = [str(value.name) for value in exported.model.graph.inputs]
     return {name: tensor.numpy() for name, tensor in zip(inputs, tensors, strict=True)}
