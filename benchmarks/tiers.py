@@ -25,7 +25,7 @@ from benchmarks.case import COPY, OURS, Case, Measurement, Workload
 from benchmarks.kernels import GRID, Setting
 from benchmarks.timing import Effort, calibrate, take_sample
 from quantkernels import functional, nn
-from quantkernels.nn.fake_quantize import Scheme
+from quantkernels.grids import Scheme
 
 OP = "fake_quantize, tiers"
 TIERS = "available tiers"

@@ -20,6 +20,7 @@ from torch import Tensor
 from quantkernels import _autograd
 from quantkernels._autograd import MASKED, masked, ordinary
 from quantkernels._ops import fail
+from quantkernels.grids import quant_range
 
 __all__ = [
     "begin_step",
@@ -42,29 +43,6 @@ _LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _raw: Any = torch.ops.quantkernels
 _per_tensor = MASKED["fake_quantize_per_tensor"].eager
-
-
-def quant_range(bits: int, dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
-    """The integer grid of a quantizer.
-
-    Args:
-        bits: 1 to 16, at least 2 when symmetric.
-        dtype: ``'uint'`` or ``'int'``.
-        symmetric: the zero point is fixed; signed grids are then narrow, [-127, 127] for 8 bits (Jacob et al. 2018).
-
-    Returns:
-        ``(quant_min, quant_max)``.
-    """
-    op = "quant_range"
-    if dtype not in ("uint", "int"):
-        fail(op, "dtype", "'uint' or 'int'", repr(dtype))
-    fewest = 2 if symmetric else 1
-    if isinstance(bits, bool) or not isinstance(bits, int) or not fewest <= bits <= 16:
-        fail(op, "bits", f"an int from {fewest} to 16", repr(bits))
-    if dtype == "uint":
-        return 0, 2**bits - 1
-    highest = 2 ** (bits - 1) - 1
-    return (-highest if symmetric else -highest - 1), highest
 
 
 def qparams(

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels.grids import OFF as OFF
 from quantkernels.nn.fake_quantize import clamped
-
-OFF = 32
-"""The bit width that DoReFa-Net's tables use for 'not quantized'."""
-
 
 class DoReFaWeight(nn.Module):
     """Quantizes a weight to `bits` bits: sign(w) * mean|w| at one bit, a grid over the normalised tanh above.
