@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo dorefa test bench cuda-report lint format build clean
+.PHONY: demo dorefa test bench gpu-check cuda-report lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -29,6 +29,11 @@ bench: $(VENV)/.installed-bench quantkernels/_C.so
 # Registers, occupancy and 128-bit accesses of every CUDA kernel, as compiled; needs nvcc, no GPU.
 cuda-report: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cuda_report
+
+# Tests, sanitizers and benchmarks on a GPU, within ten minutes; GPU_CHECK_DEVICE=cpu is a dry run. Installs nothing: it
+# takes the virtual environment if there is one, else $(PYTHON), which must have torch and pytest.
+gpu-check:
+	PYTHON=$(firstword $(wildcard $(abspath $(BIN)/python)) $(PYTHON)) bash tools/gpu_check.sh
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

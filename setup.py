@@ -1,7 +1,7 @@
 """Builds quantkernels/_C.so, the operators for PyTorch, and quantkernels/_tensorflow.so, those for TensorFlow.
 
 Both hold the CPU kernels, _C.so the CUDA kernels too when there is an nvcc. It uses LibTorch's stable ABI only and
-holds no Python symbol, so one build serves every Python and every torch from 2.13 on. _tensorflow.so uses TensorFlow's
+holds no Python symbol, so one build serves every Python and every torch from 2.10 on. _tensorflow.so uses TensorFlow's
 C API only, which csrc/tensorflow/c_api.h declares; building it needs no TensorFlow. ninja compiles in parallel and only
 what changed. Environment:
 
@@ -39,7 +39,7 @@ SOURCES = {
 }
 LIBRARIES = {"_C": ("cpu", "ops", "cuda"), "_tensorflow": ("cpu", "tensorflow")}
 
-MINIMUM_TORCH = (2, 13)
+MINIMUM_TORCH = (2, 10)
 TORCH_TARGET_VERSION = (MINIMUM_TORCH[0] << 56) | (MINIMUM_TORCH[1] << 48)
 DEFAULT_CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
@@ -77,6 +77,7 @@ class Torch:
 
     version: str
     home: Path
+    cuda: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,26 @@ def find_torch() -> Torch:
     """Locates torch without importing it, which would take seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise SystemExit("quantkernels: building needs torch; run: pip install 'torch>=2.13' ninja")
+        raise SystemExit("quantkernels: building needs torch; run: pip install 'torch>=2.10' ninja")
     found = version("torch")
     if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_TORCH:
-        raise SystemExit(f"quantkernels: expected torch to be 2.13 or later, but got {found}")
-    return Torch(found, Path(spec.origin).parent)
+        raise SystemExit(f"quantkernels: expected torch to be 2.10 or later, but got {found}")
+    home = Path(spec.origin).parent
+    cuda = re.search(r"^cuda\b[^=]*= '([\d.]+)'", (home / "version.py").read_text(), re.MULTILINE)
+    return Torch(found, home, cuda[1] if cuda else None)
+
+
+def cuda_warning(torch: Torch, cuda: Cuda | None) -> str | None:
+    """What the kernels will ask of a driver beyond what this torch asks, if anything."""
+    if torch.cuda is None or cuda is None:
+        return None
+    compiled, served = cuda.version.partition(".")[0], torch.cuda.partition(".")[0]
+    if compiled == served:
+        return None
+    return (
+        f"nvcc is of CUDA {compiled} and this torch of CUDA {served}: the kernels will want a driver for CUDA "
+        f"{compiled}; with an nvcc of CUDA {served} they run wherever this torch does"
+    )
 
 
 def find_nvcc() -> Path | None:
@@ -265,9 +281,11 @@ class BuildLibraries(build_ext):
             raise SystemExit("quantkernels: building needs ninja; run: pip install ninja") from error
         torch = find_torch()
         cuda, decision = find_cuda(os.environ)
-        print(f"quantkernels: torch {torch.version} at {torch.home}")
+        print(f"quantkernels: torch {torch.version} ({torch.cuda or 'no'} CUDA) at {torch.home}")
         print(f"quantkernels: C++ compiler {os.environ.get('CXX', 'c++')}")
         print(f"quantkernels: CUDA: {decision}", flush=True)
+        if warning := cuda_warning(torch, cuda):
+            print(f"quantkernels: warning: {warning}", flush=True)
 
         folder = Path(self.get_finalized_command("build").build_base).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)

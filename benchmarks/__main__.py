@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+import sys
 import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import accept, chart, heap, machine, plan, tiers
+from benchmarks import accept, gpu, heap, machine, plan, tiers
 from benchmarks.case import Measurement, Row, measure, rows_of, table_text, write_csv
 from benchmarks.timing import Effort
 
@@ -43,6 +45,7 @@ def _run_tiers(recorder: Recorder, mode: plan.Mode, keeps_memory: bool) -> tuple
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the operators on the GPU alone")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: under two minutes")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the CSV and PNG files")
     parser.add_argument(
@@ -64,6 +67,10 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     start = time.monotonic()
     arguments = _parse()
+    if arguments.device == "cuda":
+        sys.exit(gpu.run("cuda", arguments.output, math.inf) > 0)
+    from benchmarks import chart  # draws with matplotlib, which a machine with a GPU need not have
+
     mode = plan.QUICK if arguments.quick else plan.FULL
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao announces its own
     keeps_memory = arguments.heap == "kept" and heap.keep_freed_memory()

@@ -56,7 +56,8 @@ class Candidate:
         run: computes and returns all results, in fresh memory unless the operator is in place.
         tolerance: error of a result that counts as none, relative to the largest magnitude expected; 0 asks for equal
             bits; None for another computation, such as `copy_`.
-        optional: left out, not an error, where it raises NotImplementedError or RuntimeError (a dtype it lacks).
+        optional: left out and told, not an error, where it raises NotImplementedError or RuntimeError (as for a dtype
+            that it lacks) or computes something else.
         threads: of torch, where they differ from the workload's.
         bytes_saved: kept between forward and backward; 0 where nobody counted.
     """
@@ -94,7 +95,7 @@ class Measurement:
     bytes_moved: float = 0.0
     baseline: str = COPY
     bytes_saved: dict[str, int] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def ratio(self, candidate: str, versus: str) -> float:
         return median_ratio(self.seconds[candidate], self.seconds[versus])
@@ -149,42 +150,41 @@ def _differences(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], tole
             yield f"result {index} differs in {wrong} of {wanted.numel()} elements by more than {allowed:.3g}"
 
 
-def check(case: Case) -> list[str]:
+def check(case: Case) -> dict[str, str]:
     """Compares every candidate's first results with the reference's.
 
     Returns:
-        the names of the candidates to time: those optional ones that raise are left out.
+        why optional candidates are to be left out, by their names.
 
     Raises:
-        AssertionError: a candidate computes something else.
+        AssertionError: a candidate that is not optional computes something else.
     """
     expected = tuple(tensor.detach() for tensor in case.expected())
-    present = []
+    left_out = {}
     for name, candidate in case.candidates.items():
         try:
-            results = _results(candidate)
-        except (NotImplementedError, RuntimeError):
+            results = tuple(tensor.detach() for tensor in _results(candidate))
+        except (NotImplementedError, RuntimeError) as error:
             if not candidate.optional:
                 raise
+            left_out[name] = f"raises {type(error).__name__}"
             continue
-        present.append(name)
         if candidate.tolerance is None:
             continue
-        detached = tuple(tensor.detach() for tensor in results)
-        for difference in _differences(detached, expected, candidate.tolerance):
-            raise AssertionError(f"{case.workload}: {name}: {difference}")
-    return present
+        for difference in _differences(results, expected, candidate.tolerance):
+            if not candidate.optional:
+                raise AssertionError(f"{case.workload}: {name}: {difference}")
+            left_out[name] = difference
+    return left_out
 
 
 def measure(case: Case, effort: Effort) -> Measurement:
     """Checks a case, then times it."""
-    with_threads = {}
-    for name in check(case):
-        candidate = case.candidates[name]
-        with_threads[name] = (candidate.run, candidate.threads or max(case.workload.threads, 1))
-    saved = {name: case.candidates[name].bytes_saved for name in with_threads}
+    left_out = check(case)
+    present = {name: candidate for name, candidate in case.candidates.items() if name not in left_out}
+    with_threads = {name: (c.run, c.threads or max(case.workload.threads, 1)) for name, c in present.items()}
+    saved = {name: candidate.bytes_saved for name, candidate in present.items()}
     seconds = interleave(with_threads, effort, case.workload.device)
-    left_out = tuple(name for name in case.candidates if name not in with_threads)
     return Measurement(case.workload, seconds, case.bytes_moved, case.baseline, saved, left_out)
 
 
@@ -219,8 +219,10 @@ def rows_of(measurement: Measurement, tier: str) -> list[Row]:
     return rows
 
 
-def write_csv(path: Path, rows: Iterable[Row]) -> None:
+def write_csv(path: Path, rows: Iterable[Row], comment: str = "") -> None:
+    """Writes a file that begins with `comment`, each line behind a '#'."""
     with path.open("w", newline="") as file:
+        file.writelines(f"# {line}\n" for line in comment.splitlines())
         writer = csv.DictWriter(file, [column.name for column in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -228,8 +230,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 def table_text(measurement: Measurement, rows: list[Row]) -> str:
     """One block for one workload: its name, then a line a candidate."""
-    left_out = f" (cannot: {', '.join(measurement.left_out)})" if measurement.left_out else ""
-    lines = [f"{measurement.workload}{left_out}"]
+    lines = [str(measurement.workload)]
     for row in rows:
         rate = f"{row.gb_per_s:7.1f} GB/s" if row.gb_per_s else " " * 12
         saved = f"  saves {row.bytes_saved / 1e6:.1f} MB for backward" if row.bytes_saved else ""
@@ -237,4 +238,5 @@ def table_text(measurement: Measurement, rows: list[Row]) -> str:
             f"  {row.candidate:34s} {row.median_us:12.2f} us  [{row.p10_us:.2f}, {row.p90_us:.2f}]".ljust(84)
             + f"{rate}  {row.times_baseline:7.2f} x {row.baseline}{saved}"
         )
+    lines += [f"  {name:34s} left out: {reason}" for name, reason in measurement.left_out.items()]
     return "\n".join(lines)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.case import COPY, OURS, Candidate, Case, Workload
-from quantkernels import functional, nn, reference
+from quantkernels import functional, reference
 
 CLAMP = "clamp"
 CLAMPS = "two clamps, autograd.Function"
@@ -62,10 +62,13 @@ def image_shape(numel: int) -> tuple[int, ...]:
     return numel // (_CHANNELS * side * side), _CHANNELS, side, side
 
 
+def _generator(setting: Setting) -> torch.Generator:
+    return torch.Generator(setting.device).manual_seed(_SEED)
+
+
 def _input(setting: Setting, shape: tuple[int, ...] | None = None, spread: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(_SEED)
-    x = torch.randn(shape or image_shape(setting.numel), generator=generator) * spread
-    x = x.to(setting.device, getattr(torch, setting.dtype))
+    x = torch.randn(shape or image_shape(setting.numel), generator=_generator(setting), device=setting.device) * spread
+    x = x.to(getattr(torch, setting.dtype))
     return x.contiguous(memory_format=torch.channels_last) if setting.layout == "channels_last" else x
 
 
@@ -256,8 +259,8 @@ def fake_quantize_each_axis(setting: Setting) -> Case:
 def straight_through(setting: Setting) -> Case:
     g = _input(setting)
     numel = g.numel()
-    generator = torch.Generator().manual_seed(_SEED)
-    mask = torch.randint(0, 256, ((numel + 7) // 8,), dtype=torch.uint8, generator=generator).to(setting.device)
+    on_device: dict[str, Any] = {"generator": _generator(setting), "device": setting.device}
+    mask = torch.randint(0, 256, ((numel + 7) // 8,), dtype=torch.uint8, **on_device)
     memory_format = 1 if setting.layout == "channels_last" else 0
     order = (0, 2, 3, 1) if memory_format else tuple(range(g.dim()))
 
@@ -288,35 +291,44 @@ def min_max(setting: Setting) -> Case:
 
 
 @dataclass(frozen=True)
-class _ObserverState:
-    """What an observer holds; one for every candidate, so that all begin unobserved."""
+class _Observed:
+    """A quantizer's ranges and a training step with them: begun, quantized and observed, ended.
 
-    range: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    The range is the input's own from the start, so that the first step quantizes too.
+    """
+
+    known: Tensor
+    active: Tensor
+    pending: Tensor
     step: Tensor
+    options: dict[str, Any]
 
     @classmethod
-    def unobserved(cls, device: str) -> _ObserverState:
-        return cls(
-            torch.tensor([math.inf, -math.inf], device=device),
-            torch.ones(1, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
-        )
+    def of(cls, x: Tensor, axis: int | None = None, bounds: functional.Bounds | None = None) -> _Observed:
+        clamped = x.detach() if bounds is None else x.detach().clamp(*bounds)
+        known = torch.stack([extremum.float() for extremum in functional.min_max(clamped, axis)])
+        step = torch.zeros((), dtype=torch.int64, device=x.device)
+        return cls(known, known.clone(), known.clone(), step, {"axis": axis, "bounds": bounds})
+
+    def through(self, module: ModuleType) -> peers.Function:
+        """The step by the operators of :mod:`quantkernels.functional` or of its reference."""
+
+        def run(x: Tensor) -> Tensor:
+            module.begin_step([self.known], [self.active], [self.pending], self.step, [0])
+            y: Tensor = module.observe_fake_quantize(
+                x, self.active, self.pending, _QUANT_MIN, _QUANT_MAX, **self.options
+            )
+            module.end_step([self.known], [self.pending], [0.01], self.step)
+            return y
+
+        return run
 
 
 def observe_fake_quantize(setting: Setting, phase: str, bounds: functional.Bounds | None = None) -> Case:
-    """Modules in training mode; with `bounds`, the activation and its observer in one against one after the other."""
+    """Training steps; with `bounds`, the activation and its observer in one against one after the other."""
     ways = _Ways.build(setting, phase, spread=3.0)
-    module = nn.FakeQuantize(bounds=bounds).to(setting.device)
-    state = _ObserverState.unobserved(setting.device)
-    eager_state = _ObserverState.unobserved(setting.device)
+    ours, expected, eager = (_Observed.of(ways.input, bounds=bounds) for _ in range(3))
     ao_module = peers.ao_fake_quantize(setting.device)
-
-    def observe(x: Tensor, state: _ObserverState) -> Tensor:
-        grid = (state.range, state.scale, state.zero_point, state.step, _QUANT_MIN, _QUANT_MAX)
-        return reference.observe_fake_quantize(x, *grid, bounds=bounds)
 
     def ao(x: Tensor) -> Tensor:
         result: Tensor = ao_module(x if bounds is None else torch.nn.functional.hardtanh(x, *bounds))
@@ -324,29 +336,45 @@ def observe_fake_quantize(setting: Setting, phase: str, bounds: functional.Bound
 
     competition = {
         AO: Candidate(ways.run(ao), _ONE_LEVEL, optional=True),
-        EAGER: Candidate(ways.run(lambda x: observe(x, eager_state))),
+        EAGER: Candidate(ways.run(eager.through(reference))),
     }
     op = "observe_fake_quantize" if bounds is None else "relu6 + observe_fake_quantize"
-    passes, masks = (3, 1) if phase == FORWARD else (5, 2)
-    return ways.case(op, module, lambda x: observe(x, state), _bytes(setting, passes, masks), competition)
+    passes, masks = (2, 1) if phase == FORWARD else (4, 2)
+    bytes_moved = _bytes(setting, passes, masks)
+    return ways.case(op, ours.through(functional), expected.through(reference), bytes_moved, competition)
 
 
 def observe_fake_quantize_per_channel(setting: Setting, phase: str) -> Case:
     ways = _Ways.build(setting, phase, spread=3.0)
     axis = 1 if ways.input.dim() > 1 else 0
-    channels = ways.input.shape[axis]
-    module = nn.FakeQuantize(scheme="per_channel_affine", axis=axis, channels=channels).to(setting.device)
-    fresh = nn.FakeQuantize(scheme="per_channel_affine", axis=axis, channels=channels).to(setting.device)
-
-    def expected(x: Tensor) -> Tensor:
-        state = (fresh.range, fresh.scale, fresh.zero_point, fresh.step)
-        return reference.observe_fake_quantize(x, *state, _QUANT_MIN, _QUANT_MAX, axis=axis)
-
+    ours, expected = (_Observed.of(ways.input, axis) for _ in range(2))
     ao = ways.run(peers.ao_fake_quantize_per_channel(axis, setting.device))
     competition = {AO: Candidate(ao, _ONE_LEVEL, optional=True)}
-    passes, masks = (3, 1) if phase == FORWARD else (5, 2)
-    bytes_moved = _bytes(setting, passes, masks)
-    return ways.case("observe_fake_quantize, per channel", module, expected, bytes_moved, competition)
+    passes, masks = (2, 1) if phase == FORWARD else (4, 2)
+    return ways.case(
+        "observe_fake_quantize, per channel",
+        ours.through(functional),
+        expected.through(reference),
+        _bytes(setting, passes, masks),
+        competition,
+    )
+
+
+def fake_quantize_current(setting: Setting, axis: int | None = None) -> Case:
+    """Weights: quantized with their own range, forward and backward."""
+    ways = _Ways.build(setting, FORWARD_BACKWARD)
+
+    def through(module: ModuleType) -> peers.Function:
+        return lambda x: module.fake_quantize_current(x, -127, 127, symmetric=True, axis=axis)
+
+    op = "fake_quantize_current" if axis is None else "fake_quantize_current, per channel"
+    competition = {EAGER: Candidate(ways.run(through(reference)))}
+    return ways.case(op, through(functional), through(reference), _bytes(setting, 5, 2), competition)
+
+
+def _eager_tolerance(setting: Setting) -> float | None:
+    """Eager compositions compute half formats in themselves, too coarsely for the quantizer's levels."""
+    return 1e-4 if setting.dtype in ("float32", "float64") else None
 
 
 def dorefa_weight(setting: Setting, phase: str) -> Case:
@@ -358,7 +386,7 @@ def dorefa_weight(setting: Setting, phase: str) -> Case:
         lambda w: functional.dorefa_weight(w, _BITS),
         lambda w: reference.dorefa_weight(w, _BITS),
         _bytes(setting, passes),
-        {EAGER: Candidate(ways.run(lambda w: peers.eager_dorefa_weight(w, _BITS)), 1e-4)},
+        {EAGER: Candidate(ways.run(lambda w: peers.eager_dorefa_weight(w, _BITS)), _eager_tolerance(setting))},
         tolerance=1e-5,
     )
 
@@ -371,7 +399,7 @@ def dorefa_activation(setting: Setting, phase: str) -> Case:
         lambda x: functional.dorefa_activation(x, _BITS),
         lambda x: reference.dorefa_activation(x, _BITS),
         _bytes(setting, passes, masks),
-        {EAGER: Candidate(ways.run(lambda x: peers.eager_dorefa_activation(x, _BITS)), 1e-4)},
+        {EAGER: Candidate(ways.run(lambda x: peers.eager_dorefa_activation(x, _BITS)), _eager_tolerance(setting))},
     )
 
 
@@ -445,6 +473,8 @@ GRID: dict[str, Builder] = {
     "observe_fake_quantize": _in_phase(observe_fake_quantize, FORWARD_BACKWARD),
     "observe_fake_quantize per channel": _in_phase(observe_fake_quantize_per_channel, FORWARD_BACKWARD),
     "relu6 + observe_fake_quantize": _relu6_observe_fake_quantize,
+    "fake_quantize_current": fake_quantize_current,
+    "fake_quantize_current per channel": functools.partial(fake_quantize_current, axis=0),
     "dorefa_weight": _in_phase(dorefa_weight, FORWARD_BACKWARD),
     "dorefa_activation": _in_phase(dorefa_activation, FORWARD_BACKWARD),
     "dorefa_gradient": dorefa_gradient,

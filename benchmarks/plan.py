@@ -69,6 +69,8 @@ _QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
     "fake_quantize": {12: (ATEN, COMPILED), 16: (ATEN,), 20: (ATEN, COMPILED, EAGER), 22: (ATEN,)},
     "observe_fake_quantize": {16: (AO,), 20: (AO, EAGER), 22: (AO,)},
     "relu6 + observe_fake_quantize": {20: (AO,)},
+    "fake_quantize_current": {16: (), 20: (EAGER,)},
+    "fake_quantize_current per channel": {16: (), 20: (EAGER,)},
     "fake_quantize per channel": {20: (ATEN,)},
     "observe_fake_quantize per channel": {20: (AO,)},
     "fake_quantize_ forward": {20: ()},
@@ -89,13 +91,13 @@ def _quick_kernels() -> Iterator[Build]:
         yield from (_build("fake_quantize forward", setting) for setting in settings)
 
 
-def _full_kernels(device: str) -> Iterator[Build]:
-    threads = thread_counts() if device == "cpu" else (0,)
-    for name, dtype, exponent, layout, count in itertools.product(GRID, _DTYPES, _EXPONENTS, _LAYOUTS, threads):
+def _full_kernels() -> Iterator[Build]:
+    counts = thread_counts()
+    for name, dtype, exponent, layout, count in itertools.product(GRID, _DTYPES, _EXPONENTS, _LAYOUTS, counts):
         # Compiling costs seconds a workload.
         compiles = dtype == "float32" and layout == "contiguous"
         peers = None if compiles else frozenset({ATEN, AO, EAGER, "torch.aminmax"})
-        yield _build(name, Setting(dtype, 2**exponent, layout, count, device, peers))
+        yield _build(name, Setting(dtype, 2**exponent, layout, count, peers=peers))
 
 
 def _only_accept_lines() -> Iterator[Build]:
@@ -117,9 +119,7 @@ def kernel_cases(mode: Mode) -> Iterator[Build]:
     if mode is QUICK:
         yield from _quick_kernels()
     else:
-        yield from _full_kernels("cpu")
-    if torch.cuda.is_available():
-        yield from _full_kernels("cuda")
+        yield from _full_kernels()
 
 
 def training_cases(mode: Mode) -> Iterator[Build]:

@@ -24,7 +24,7 @@ from benchmarks import heap
 from benchmarks.case import COPY, OURS, Case, Measurement, Workload
 from benchmarks.kernels import GRID, Setting
 from benchmarks.timing import Effort, calibrate, take_sample
-from quantkernels import functional, nn
+from quantkernels import functional
 from quantkernels.grids import Scheme
 
 OP = "fake_quantize, tiers"
@@ -105,16 +105,19 @@ def _digest(results: Sequence[Tensor]) -> str:
 
 
 def _observe(leaf: Tensor, axis: int | None = None, bounds: functional.Bounds | None = None) -> tuple[Tensor, ...]:
-    scheme: Scheme = "per_tensor_affine" if axis is None else "per_channel_affine"
-    channels = None if axis is None else leaf.shape[axis]
-    module = nn.FakeQuantize(scheme=scheme, axis=axis or 0, channels=channels, bounds=bounds)
-    return module(leaf), *module.buffers()
+    rest = () if axis is None else (leaf.shape[axis],)
+    active, pending = torch.stack((-torch.ones(rest), torch.ones(rest) * 2)), torch.zeros(2, *rest)
+    return functional.observe_fake_quantize(leaf, active, pending, 0, 255, axis=axis, bounds=bounds), pending
 
 
 def _fake_quantize(leaf: Tensor, axis: int | None = None) -> Tensor:
     channels = 1 if axis is None else leaf.shape[axis]
     scale, zero_point = torch.linspace(0.017, 0.021, channels), torch.full((channels,), 128, dtype=torch.int32)
     return functional.fake_quantize(leaf, scale, zero_point, 0, 255, axis)
+
+
+def _current(leaf: Tensor, axis: int | None = None) -> Tensor:
+    return functional.fake_quantize_current(leaf, -127, 127, symmetric=True, axis=axis)
 
 
 def _dorefa_gradient(leaf: Tensor, bits: int) -> Tensor:
@@ -127,6 +130,7 @@ def _differentiable() -> dict[str, Callable[[Tensor], Tensor | tuple[Tensor, ...
     for axis in _AXES:
         operators[f"fake_quantize, axis {axis}"] = partial(_fake_quantize, axis=axis)
         operators[f"observe_fake_quantize, axis {axis}"] = partial(_observe, axis=axis)
+        operators[f"fake_quantize_current, axis {axis}"] = partial(_current, axis=axis)
     operators["relu6 + observe_fake_quantize"] = partial(_observe, bounds=(0.0, 6.0))
     for bits in (1, 2, 4, 8):
         operators[f"dorefa_weight, {bits} bits"] = partial(functional.dorefa_weight, bits=bits)

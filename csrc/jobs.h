@@ -29,9 +29,11 @@ struct AffineJob {
   ChannelView view;
   // A channel's grid: its scale and zero point, or where `range` is not null the ones that follow from its range. A
   // channel whose range has seen nothing passes through the activation alone.
-  const float* scale;         // [channels]
-  const int32_t* zero_point;  // [channels]
+  const float* scale;         // [channels]. Or null: scale_number, of one channel.
+  const int32_t* zero_point;  // [channels]. Or null: zero_point_number, of one channel.
   const float* range;         // [2, channels]
+  float scale_number;
+  int32_t zero_point_number;
   bool symmetric;
   int32_t quant_min, quant_max;
   double low, high;  // the activation's bounds, infinite when there is none
@@ -127,6 +129,7 @@ struct DoReFaActivationJob {
 };
 
 // DoReFa gradients of [samples, inner] contiguous elements. rng_state is (seed, step); the step is advanced after use.
+// Each stream of a seed, such as a process of a distributed run, draws other noise.
 struct DoReFaGradientJob {
   DType dtype;
   const void* grad_output;
@@ -134,6 +137,7 @@ struct DoReFaGradientJob {
   int64_t samples, inner;
   int32_t bits;
   int64_t* rng_state;
+  int64_t stream;
 };
 
 }  // namespace qk

@@ -1,49 +1,66 @@
 """Owns how the raw operators differentiate: autograd, transforms, version counters, and what may be written in place.
 
 There are two ways through an operator. The ordinary one is an autograd Function with one forward, which costs a few
-microseconds. While a transform of ``torch.func`` or a forward-mode level is active, or gradients are batched, the
-result is composed of torch's own operators around a kernel that is not differentiated, so that every transform finds
-its rule; Functions with ``setup_context`` serve there, whose calls cost three times as much.
+microseconds. While a transform of ``torch.func``, a forward-mode level or torch.jit.trace is active, the result is
+composed of torch's own operators around a kernel that is not differentiated, so that each of them finds its rules;
+Functions with ``setup_context`` serve there, whose calls cost three times as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
+from torch.jit import _trace as _jit
 
 from quantkernels._ops import fail, memory_format_index
 
 _raw: Any = torch.ops.quantkernels
+_tracing = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+_increment_version = torch._C._increment_version
+_is_grad_enabled = torch.is_grad_enabled
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
-def _eager(operator: Any) -> Any:
-    """The operator without OpOverload.__call__, a Python frame of 0.25 us; only torch.compile needs the frame."""
-    return getattr(operator, "_op", operator)
+class _Operator(NamedTuple):
+    """A raw operator as a call finds it fastest and as torch.compile knows it.
+
+    The one is without OpOverload.__call__, a Python frame of 0.25 us that forwards its arguments.
+    """
+
+    eager: Any
+    traced: Any
+
+    @classmethod
+    def of(cls, operator: Any) -> _Operator:
+        return cls(getattr(operator, "_op", operator), operator)
+
+    def pick(self) -> Any:
+        return self.traced if _tracing() else self.eager
 
 
 class Masked(NamedTuple):
     """A quantizer that returns (output, mask), and its in-place twin, which returns the mask.
 
     Attributes:
-        eager: the operator as a call from Python finds it fastest.
-        eager_in_place: its twin.
-        traced: the operator as torch.compile knows it.
-        traced_in_place: its twin.
+        name: the operator's, for errors.
+        operator: the one that returns (output, mask).
+        in_place: its twin.
         names: of the arguments behind the input.
         mutated: where among them the tensors are that a call changes, side by side; None without any.
         constants: positions among them of the floating tensors, which have no gradient here.
         elementwise: an element's result depends on no other element of the input.
     """
 
-    eager: Any
-    eager_in_place: Any
-    traced: Any
-    traced_in_place: Any
+    name: str
+    operator: _Operator
+    in_place: _Operator
     names: tuple[str, ...]
     mutated: slice | None
     constants: tuple[int, ...]
@@ -58,8 +75,8 @@ class Masked(NamedTuple):
         written = [i for i in tensors if arguments[i].is_write]
         mutated = slice(written[0], written[-1] + 1) if written else None
         constants = tuple(i for i in tensors if names[i] not in ("zero_point", "step"))
-        operators = (_eager(operator), _eager(in_place), operator, in_place)
-        return cls(*operators, names, mutated, constants, elementwise)
+        name = operator._schema.name.partition("::")[2]
+        return cls(name, _Operator.of(operator), _Operator.of(in_place), names, mutated, constants, elementwise)
 
 
 MASKED = {
@@ -72,12 +89,13 @@ MASKED = {
     "dorefa_activation": Masked.of(_raw.dorefa_activation.default, _raw.dorefa_activation_.default),
 }
 
-_straight_through_traced = _raw.straight_through.default
-_straight_through_eager = _eager(_straight_through_traced)
-_tracing = torch.compiler.is_dynamo_compiling
-_functorch_active = torch._C._are_functorch_transforms_active
-_increment_version = torch._C._increment_version
-_is_grad_enabled = torch.is_grad_enabled
+# What an ordinary call needs, read in one go.
+_ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
+
+_STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
+_DOREFA_WEIGHT_BACKWARD = _Operator.of(_raw.dorefa_weight_backward.default)
+_DOREFA_GRADIENT = _Operator.of(_raw.dorefa_gradient.default)
 
 
 def apply(function: type[Function], *arguments: Any) -> Any:
@@ -85,14 +103,32 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     return function.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
+def _recorder(function: type[Function]) -> Any:
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+def _record(function: type[Function], input: Tensor, *arguments: Any) -> Any:
+    """:func:`apply` of an ordinary Function without Function.apply's frame, which takes 1 us to find no transform."""
+    if _tracing():
+        return apply(function, input, *arguments)
+    return _recorder(function)(_unwrap_if_dead(input), *arguments)
+
+
 def transforming() -> bool:
-    """Whether derivatives are asked for that the ordinary Functions do not know."""
+    """Whether derivatives may be asked for that the ordinary Functions do not know."""
     return _functorch_active() or forward_ad._current_level >= 0
 
 
-def ordinary() -> bool:
-    """Whether a call is neither traced nor transformed."""
-    return not (_tracing() or _functorch_active() or forward_ad._current_level >= 0)
+def composing() -> bool:
+    """Whether a result is to be composed of torch's operators: under transforms, and in the trace of a module.
+
+    The trace holds the gradient with grad mode and without it, since torch.jit.trace checks the one by the other.
+    """
+    return _functorch_active() or forward_ad._current_level >= 0 or _jit._trace_module_map is not None
+
+
+def _in_jit_trace() -> bool:
+    return not _tracing() and torch._C._is_tracing()
 
 
 def bump_versions(tensors: Iterable[Tensor]) -> None:
@@ -102,33 +138,26 @@ def bump_versions(tensors: Iterable[Tensor]) -> None:
 
 
 def needs_grad(tensor: Tensor) -> bool:
-    """Whether an operator on `tensor` is recorded. torch.jit.trace knows operators, not autograd's Functions."""
-    return tensor.requires_grad and _is_grad_enabled() and torch._C._get_tracing_state() is None
+    """Whether an operator on `tensor` is recorded."""
+    return tensor.requires_grad and _is_grad_enabled()
 
 
-def refuse_gradients(op: str, names: tuple[str, ...], positions: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-    """Raises for an argument that asks for a gradient that the operator does not have."""
-    for position in positions:
-        tensor = arguments[position]
-        if tensor is not None and tensor.requires_grad:
-            _refuse_gradient(op, names[position])
-
-
-def _refuse_gradient(op: str, argument: str) -> None:
-    fail(op, argument, "a constant", "a tensor that requires a gradient, which this operator does not have")
+def _refuse_gradient(quantizer: Masked, position: int) -> None:
+    actual = "a tensor that requires a gradient, which this operator does not have"
+    fail(quantizer.name, quantizer.names[position], "a constant", actual)
 
 
 def check_writable(op: str, input: Tensor, recorded: bool) -> None:
     """Raises where torch's own in-place operators do, before a kernel has written to anything.
 
     Args:
-        op: the operator's name.
+        op: the operator's name, or the key of a quantizer.
         input: what is to be written to.
         recorded: whether autograd records the call.
     """
     if input.is_inference() and not torch.is_inference_mode_enabled():
         _refuse_write(op, "an inference tensor outside of inference mode")
-    if not input.is_contiguous() and torch._debug_has_internal_overlap(input) == 1:
+    if not input.is_contiguous() and 0 in input.stride() and torch._debug_has_internal_overlap(input) == 1:
         _refuse_write(op, "one whose elements share memory (expanded); clone it first")
     if recorded:
         _check_history(op, input)
@@ -148,7 +177,7 @@ def _check_history(op: str, input: Tensor) -> None:
 
 
 def _refuse_write(op: str, actual: str) -> None:
-    fail(op, "input", "a tensor that may be written in place", actual)
+    fail(MASKED[op].name if op in MASKED else op, "input", "a tensor that may be written in place", actual)
 
 
 def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
@@ -163,43 +192,46 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
     Returns:
         The quantized tensor.
     """
-    if _functorch_active() or forward_ad._current_level >= 0:
+    if _functorch_active() or forward_ad._current_level >= 0 or _jit._trace_module_map is not None:
         return _masked_transformed(name, input, inplace, arguments)
     if _tracing():
         return _masked_traced(name, input, inplace, arguments)
-    quantizer = MASKED[name]
-    for position in quantizer.constants:
+    operator, in_place, constants, mutated = _ORDINARY[name]
+    for position in constants:
         constant = arguments[position]
         if constant is not None and constant.requires_grad and _is_grad_enabled():
-            _refuse_gradient(name, quantizer.names[position])
-    recorded = needs_grad(input)
+            _refuse_gradient(MASKED[name], position)
+    recorded = input.requires_grad and _is_grad_enabled()
     if inplace:
         check_writable(name, input, recorded)
         if input.is_neg():  # whose bits are not its values
             return input.copy_(masked(name, input, False, arguments))
     if recorded:
-        return _record_masked(input, name, inplace, arguments)  # type: ignore[no-any-return,no-untyped-call]
+        if _in_jit_trace():
+            return _masked_transformed(name, input, inplace, arguments)
+        return _record_masked(_unwrap_if_dead(input), name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
-        quantizer.eager_in_place(input, *arguments)
+        in_place(input, *arguments)
         output = input
         _increment_version((input,))
     else:
-        output = quantizer.eager(input, *arguments)[0]
-    if quantizer.mutated is not None:
-        _increment_version(arguments[quantizer.mutated])
+        output = operator(input, *arguments)[0]
+    if mutated is not None:
+        _increment_version(arguments[mutated])
     return output
 
 
 def _masked_traced(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
+    if inplace:  # a copy is functionalized to nothing, a custom operator in place to a node that exporters do not know
+        return input.copy_(_masked_traced(name, input, False, arguments))
     quantizer = MASKED[name]
     if _is_grad_enabled():
-        refuse_gradients(name, quantizer.names, quantizer.constants, arguments)
+        for position in quantizer.constants:
+            if arguments[position] is not None and arguments[position].requires_grad:
+                _refuse_gradient(quantizer, position)
         if input.requires_grad:
-            return apply(_Masked, input, name, inplace, arguments)  # type: ignore[no-any-return]
-    if inplace:
-        quantizer.traced_in_place(input, *arguments)
-        return input
-    output: Tensor = quantizer.traced(input, *arguments)[0]
+            return apply(_Masked, input, name, False, arguments)  # type: ignore[no-any-return]
+    output: Tensor = quantizer.operator.traced(input, *arguments)[0]
     return output
 
 
@@ -208,15 +240,16 @@ class _Masked(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-        quantizer = MASKED[name]
-        operator, in_place = quantizer[2:4] if _tracing() else quantizer[:2]
+        operator, in_place, _, mutated = _ORDINARY[name]
+        if _tracing():
+            operator, in_place = MASKED[name].operator.traced, MASKED[name].in_place.traced
         if inplace:
             output, mask = input, in_place(input, *arguments)
             ctx.mark_dirty(input)
         else:
             output, mask = operator(input, *arguments)
-        if quantizer.mutated is not None:
-            bump_versions(arguments[quantizer.mutated])
+        if mutated is not None:
+            bump_versions(arguments[mutated])
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format_index(output)
         return output
@@ -227,12 +260,7 @@ class _Masked(Function):
         return straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
 
 
-# Function.apply, a Python frame, looks for setup_context and for transforms, and is left out where neither is there.
-_record_masked = super(Function, _Masked).apply
-
-
-def _straight_through() -> Any:
-    return _straight_through_traced if _tracing() else _straight_through_eager
+_record_masked = _recorder(_Masked)
 
 
 def straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
@@ -240,8 +268,8 @@ def straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> T
     if _functorch_active() or forward_ad._current_level >= 0:
         return torch.where(_unpack(mask, grad_output.shape, memory_format), grad_output, 0)
     if grad_output.requires_grad and _is_grad_enabled():
-        return apply(_StraightThrough, grad_output, mask, memory_format)  # type: ignore[no-any-return]
-    grad_input: Tensor = _straight_through()(grad_output, mask, memory_format)
+        return _record(_StraightThrough, grad_output, mask, memory_format)  # type: ignore[no-any-return]
+    grad_input: Tensor = _STRAIGHT_THROUGH.pick()(grad_output, mask, memory_format)
     return grad_input
 
 
@@ -252,7 +280,7 @@ class _StraightThrough(Function):
     def forward(ctx: Any, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.memory_format = memory_format
-        grad_input: Tensor = _straight_through()(grad_output, mask, memory_format)
+        grad_input: Tensor = _STRAIGHT_THROUGH.pick()(grad_output, mask, memory_format)
         return grad_input
 
     @staticmethod
@@ -264,32 +292,15 @@ class _StraightThrough(Function):
 def _unpack(mask: Tensor, shape: torch.Size, memory_format: int) -> Tensor:
     """The bits of a mask as a bool tensor."""
     ones = torch.ones(shape, dtype=torch.float32, device=mask.device)
-    return _straight_through()(ones, mask, memory_format).to(torch.bool)  # type: ignore[no-any-return]
+    return _STRAIGHT_THROUGH.pick()(ones, mask, memory_format).to(torch.bool)  # type: ignore[no-any-return]
 
 
 # Under transforms
 
 
-class _Replace(Function):
-    """The values of `value` with the derivatives of `smooth`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(smooth: Tensor, value: Tensor) -> Tensor:
-        return value.clone(memory_format=torch.preserve_format)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0], None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
+def _replace(smooth: Tensor, value: Tensor) -> Tensor:
+    """The values of `value`, to the bit, with the derivatives of `smooth` where that is finite."""
+    return value - (smooth.detach() - smooth).nan_to_num()
 
 
 def _slices(batch_size: int, in_dims: tuple[int | None, ...], operands: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -306,7 +317,7 @@ class _MaskedValue(Function):
     @staticmethod
     def forward(input: Tensor, name: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         quantizer = MASKED[name]
-        output, mask = (quantizer.traced if _tracing() else quantizer.eager)(input, *arguments)
+        output, mask = quantizer.operator.pick()(input, *arguments)
         if quantizer.mutated is not None:
             bump_versions(arguments[quantizer.mutated])
         return output, _unpack(mask, output.shape, memory_format_index(output))
@@ -320,9 +331,9 @@ class _MaskedValue(Function):
 
     @staticmethod
     def _refuse(ctx: Any, wanted: list[bool]) -> None:
-        for argument, is_wanted in zip(MASKED[ctx.name].names, wanted[2:], strict=True):
+        for position, is_wanted in enumerate(wanted[2:]):
             if is_wanted:
-                _refuse_gradient(ctx.name, argument)
+                _refuse_gradient(MASKED[ctx.name], position)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, None]:
@@ -347,8 +358,10 @@ class _MaskedValue(Function):
 def _masked_transformed(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
     if inplace:
         check_writable(name, input, needs_grad(input))
-    value, passes = apply(_MaskedValue, input.detach(), name, *arguments)
-    output: Tensor = apply(_Replace, torch.where(passes, input, 0), value)
+    # torch.jit.trace records operators; a Function would stay a call into Python.
+    value_of = _MaskedValue.forward if _in_jit_trace() else partial(apply, _MaskedValue)
+    value, passes = value_of(input.detach(), name, *arguments)
+    output = _replace(torch.where(passes, input, 0), value)
     return input.copy_(output) if inplace else output
 
 
@@ -369,7 +382,7 @@ class _DoReFaWeight(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
         output: Tensor
-        output, statistic = _raw.dorefa_weight(weight, bits)
+        output, statistic = _DOREFA_WEIGHT.pick()(weight, bits)
         ctx.save_for_backward(weight, statistic)
         return output
 
@@ -381,7 +394,7 @@ class _DoReFaWeight(Function):
             with torch.enable_grad():
                 smooth = _smooth_dorefa_weight(weight)
             return torch.autograd.grad(smooth, weight, grad_output, create_graph=_is_grad_enabled())[0], None
-        return _raw.dorefa_weight_backward(grad_output, weight, statistic), None
+        return _DOREFA_WEIGHT_BACKWARD.pick()(grad_output, weight, statistic), None
 
 
 class _DoReFaSign(Function):
@@ -389,7 +402,7 @@ class _DoReFaSign(Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        output: Tensor = _raw.dorefa_weight(weight, 1)[0]
+        output: Tensor = _DOREFA_WEIGHT.pick()(weight, 1)[0]
         return output
 
     @staticmethod
@@ -402,7 +415,7 @@ class _DoReFaWeightValue(Function):
 
     @staticmethod
     def forward(weight: Tensor, bits: int) -> Tensor:
-        return _raw.dorefa_weight(weight, bits)[0]  # type: ignore[no-any-return]
+        return _DOREFA_WEIGHT.pick()(weight, bits)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -416,21 +429,23 @@ class _DoReFaWeightValue(Function):
 
 def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     """DoReFa weights of 1 to 16 bits."""
-    if transforming():
+    recorded = needs_grad(weight)
+    if composing() or (recorded and _in_jit_trace()):
         smooth = weight if bits == 1 else _smooth_dorefa_weight(weight)
-        return apply(_Replace, smooth, apply(_DoReFaWeightValue, weight.detach(), bits))  # type: ignore[no-any-return]
-    if not needs_grad(weight):
-        output: Tensor = _raw.dorefa_weight(weight, bits)[0]
+        value_of = _DoReFaWeightValue.forward if _in_jit_trace() else partial(apply, _DoReFaWeightValue)
+        return _replace(smooth, value_of(weight.detach(), bits))
+    if not recorded:
+        output: Tensor = _DOREFA_WEIGHT.pick()(weight, bits)[0]
         return output
     if bits == 1:
-        return apply(_DoReFaSign, weight)  # type: ignore[no-any-return]
-    return apply(_DoReFaWeight, weight, bits)  # type: ignore[no-any-return]
+        return _record(_DoReFaSign, weight)  # type: ignore[no-any-return]
+    return _record(_DoReFaWeight, weight, bits)  # type: ignore[no-any-return]
 
 
-def _quantize_gradient(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+def _quantize_gradient(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
     if transforming() or needs_grad(grad_output):
-        return apply(_QuantizedGradient, grad_output, rng_state, bits)  # type: ignore[no-any-return]
-    gradient: Tensor = _raw.dorefa_gradient(grad_output, rng_state, bits)
+        return apply(_QuantizedGradient, grad_output, rng_state, bits, stream)  # type: ignore[no-any-return]
+    gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
     bump_versions([rng_state])
     return gradient
 
@@ -439,25 +454,26 @@ class _DoReFaGradient(Function):
     """The identity, whose gradient is quantized stochastically."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, stream: int, inplace: bool) -> Tensor:
         ctx.rng_state = rng_state
         ctx.bits = bits
+        ctx.stream = stream
         if inplace:
             ctx.mark_dirty(input)
             return input
         return input.view_as(input)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        return _quantize_gradient(grad_outputs[0], ctx.rng_state, ctx.bits), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _quantize_gradient(grad_outputs[0], ctx.rng_state, ctx.bits, ctx.stream), None, None, None, None
 
 
 class _QuantizedGradient(Function):
     """A quantized gradient of which derivatives are asked, and has none; each sample of a vmap draws its own noise."""
 
     @staticmethod
-    def forward(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
-        gradient: Tensor = _raw.dorefa_gradient(grad_output, rng_state, bits)
+    def forward(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
+        gradient: Tensor = _DOREFA_GRADIENT.pick()(grad_output, rng_state, bits, stream)
         bump_versions([rng_state])
         return gradient
 
@@ -489,37 +505,43 @@ class _TransformedDoReFaGradient(Function):
     """:class:`_DoReFaGradient` for transforms; forward mode passes the tangent, which the noise leaves in the mean."""
 
     @staticmethod
-    def forward(input: Tensor, rng_state: Tensor, bits: int, randomness: str) -> Tensor:
-        return input.view_as(input)
+    def forward(input: Tensor, rng_state: Tensor, bits: int, stream: int, randomness: str) -> Tensor:
+        return input.clone(memory_format=torch.preserve_format)  # not a view: what follows may be in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.rng_state, ctx.bits, ctx.randomness = inputs
+        _, ctx.rng_state, ctx.bits, ctx.stream, ctx.randomness = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
         _check_randomness(ctx.randomness)
-        gradient: Tensor = apply(_QuantizedGradient, grad_outputs[0], ctx.rng_state, ctx.bits)
-        return gradient, None, None, None
+        gradient: Tensor = apply(_QuantizedGradient, grad_outputs[0], ctx.rng_state, ctx.bits, ctx.stream)
+        return gradient, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return tangents[0].view_as(tangents[0])  # type: ignore[no-any-return]
+        return tangents[0].clone(memory_format=torch.preserve_format)  # type: ignore[no-any-return]
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], input: Tensor, rng_state: Tensor, bits: int, randomness: str
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        input: Tensor,
+        rng_state: Tensor,
+        bits: int,
+        stream: int,
+        randomness: str,
     ) -> tuple[Tensor, int]:
-        samples = _slices(info.batch_size, in_dims, (input, rng_state, bits, info.randomness))
+        samples = _slices(info.batch_size, in_dims, (input, rng_state, bits, stream, info.randomness))
         return torch.stack([apply(_TransformedDoReFaGradient, *sample) for sample in samples]), 0
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, inplace: bool) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, stream: int, inplace: bool) -> Tensor:
     """DoReFa gradients of 1 to 16 bits."""
     if transforming():
-        return apply(_TransformedDoReFaGradient, input, rng_state, bits, "different")  # type: ignore[no-any-return]
+        return apply(_TransformedDoReFaGradient, input, rng_state, bits, stream, "different")  # type: ignore[no-any-return]
     if not needs_grad(input):
         return input
     if inplace and not _tracing():
         _check_history("dorefa_gradient", input)
-    return apply(_DoReFaGradient, input, rng_state, bits, inplace)  # type: ignore[no-any-return]
+    return _record(_DoReFaGradient, input, rng_state, bits, stream, inplace)  # type: ignore[no-any-return]

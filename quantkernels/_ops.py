@@ -36,7 +36,7 @@ def _load() -> None:
         cause = str(error.__cause__ or error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
         raise ImportError(
             f"quantkernels: the compiled library cannot be loaded with torch {torch.__version__}: {cause}. "
-            "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
+            "It needs torch 2.10 or later. Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
         ) from error
 
 
@@ -395,9 +395,12 @@ def _check_step(op: str, step: Tensor) -> None:
         fail(op, "step", "of one element", _shape(step))
 
 
-@_define(
-    "begin_step(Tensor[] ranges, Tensor(a!)[] active, Tensor(b!)[] pending, Tensor step, int[] quant_start_steps) -> ()"
-)
+_BEGIN = "Tensor[] ranges, Tensor(a!)[] active, Tensor(b!)[] pending, Tensor step, int[] quant_start_steps"
+_END = "Tensor(a!)[] ranges, Tensor[] pending, float[] momenta, Tensor(b!) step"
+
+
+@_define(f"begin_step.in_forward({_BEGIN}) -> ()")
+@_define(f"begin_step({_BEGIN}) -> ()")
 def _(
     ranges: Sequence[Tensor],
     active: Sequence[Tensor],
@@ -413,7 +416,8 @@ def _(
     _check_length(op, "quant_start_steps", "numbers", quant_start_steps, ranges)
 
 
-@_define("end_step(Tensor(a!)[] ranges, Tensor[] pending, float[] momenta, Tensor(b!) step) -> ()")
+@_define(f"end_step.in_forward({_END}) -> ()")
+@_define(f"end_step({_END}) -> ()")
 def _(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
     op = "end_step"
     _check_ranges(op, "ranges", ranges, ranges, step)
@@ -423,6 +427,26 @@ def _(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[flo
     for index, momentum in enumerate(momenta):
         if not 0.0 < momentum <= 1.0:
             fail(op, f"momenta[{index}]", "greater than 0 and at most 1", f"{momentum:g}")
+
+
+def is_recomputing() -> bool:
+    """Whether this runs inside a backward, that is, activation checkpointing computes a forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _begin_step_in_forward(*arguments: Any) -> None:
+    if not is_recomputing():
+        torch.ops.quantkernels.begin_step.default(*arguments)
+
+
+def _end_step_in_forward(*arguments: Any) -> None:
+    if not is_recomputing():
+        torch.ops.quantkernels.end_step.default(*arguments)
+
+
+# A compiled forward cannot ask, while it is traced, whether it will run in a backward: its operators ask when they run.
+_library.impl("begin_step.in_forward", _begin_step_in_forward, "CompositeExplicitAutograd")
+_library.impl("end_step.in_forward", _end_step_in_forward, "CompositeExplicitAutograd")
 
 
 @_define("straight_through(Tensor grad_output, Tensor mask, int memory_format) -> Tensor")
@@ -498,8 +522,8 @@ def _(input: Tensor, bits: int) -> Tensor:
     return _empty_mask(input)
 
 
-@_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits) -> Tensor")
-def _(grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+@_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits, int stream) -> Tensor")
+def _(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
     op = "dorefa_gradient"
     _check_same_device(op, "rng_state", rng_state, grad_output)
     _check_floating(op, "grad_output", grad_output)

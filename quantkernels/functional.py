@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward
+from torch.jit import _trace as _jit
 
 from quantkernels import _autograd
-from quantkernels._autograd import MASKED, masked, ordinary
+from quantkernels._autograd import MASKED, bump_versions, masked
 from quantkernels._ops import fail
 from quantkernels.grids import quant_range
 
@@ -42,7 +44,14 @@ _SMALLEST_SCALE = 2.0**-126
 _LARGEST_SCALE = torch.finfo(torch.float32).max
 
 _raw: Any = torch.ops.quantkernels
-_per_tensor = MASKED["fake_quantize_per_tensor"].eager
+_per_tensor = MASKED["fake_quantize_per_tensor"].operator.eager
+_tracing = torch.compiler.is_dynamo_compiling
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def _divide(tensor: Tensor, number: int) -> Tensor:
+    """The rounded quotient on every device: by a number, torch multiplies with its reciprocal on a GPU."""
+    return tensor / torch.full((), number, dtype=tensor.dtype, device=tensor.device)
 
 
 def qparams(
@@ -70,12 +79,12 @@ def qparams(
     high = range_max.clamp(min=0.0)
     if symmetric:
         middle = 0 if quant_min < 0 else (quant_max + 1) // 2
-        scale = torch.maximum(-low, high).div(quant_max - middle).clamp(min=_SMALLEST_SCALE)
+        scale = _divide(torch.maximum(-low, high), quant_max - middle).clamp(min=_SMALLEST_SCALE)
         return scale, torch.full_like(scale, middle, dtype=torch.int32)
     levels = quant_max - quant_min
     spread = high - low
     # A spread beyond the largest float is divided before it is doubled.
-    scale = torch.where(spread.isfinite(), spread / levels, 2 * ((high / 2 - low / 2) / levels))
+    scale = torch.where(spread.isfinite(), _divide(spread, levels), 2 * _divide(high / 2 - low / 2, levels))
     scale = scale.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
@@ -141,17 +150,22 @@ def fake_quantize(
     """
     if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
         if axis is None and bounds is None:
-            if inplace or input.requires_grad or scale.requires_grad or not ordinary():
-                return masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
-            output: Tensor = _per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
-            return output
+            plain = not (inplace or input.requires_grad or scale.requires_grad or _tracing())
+            # composing(), without the call, which costs a sixtieth of the operator
+            if plain and not (
+                _functorch_active() or _forward._current_level >= 0 or _jit._trace_module_map is not None
+            ):
+                output: Tensor = _per_tensor(input, scale, zero_point, quant_min, quant_max)[0]
+                return output
+            return masked("fake_quantize_per_tensor", input, inplace, (scale, zero_point, quant_min, quant_max))
     elif axis is None and not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         _check_number("scale", scale)
         _check_number("zero_point", zero_point)
         low, high = _operator_bounds(bounds)
         return masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
-    scale = _as_tensor("scale", scale, torch.float32, input)
-    zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
+    else:
+        scale = _as_tensor("scale", scale, torch.float32, input)
+        zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
     low, high = _operator_bounds(bounds)
     return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
@@ -273,6 +287,8 @@ def begin_step(
 ) -> None:
     """Begins a step for the ranges of any number of quantizers, in one call that waits for nothing.
 
+    Under torch.compile it does nothing where the compiled graph runs in a backward (activation checkpointing).
+
     For quantizer i, ``active[i] = ranges[i]``, or (0, 0) while ``step < quant_start_steps[i]``; pending[i] is emptied.
 
     Args:
@@ -285,7 +301,9 @@ def begin_step(
     Raises:
         RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
     """
-    _raw.begin_step(list(ranges), list(active), list(pending), step, quant_start_steps)
+    begin = _raw.begin_step.in_forward if _tracing() else _raw.begin_step.default
+    begin(list(ranges), list(active), list(pending), step, quant_start_steps)
+    bump_versions([*active, *pending])
 
 
 def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[float], step: Tensor) -> None:
@@ -305,7 +323,9 @@ def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Seque
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    _raw.end_step(list(ranges), list(pending), momenta, step)
+    end = _raw.end_step.in_forward if _tracing() else _raw.end_step.default
+    end(list(ranges), list(pending), momenta, step)
+    bump_versions([*ranges, step])
 
 
 def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
@@ -366,7 +386,7 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
     return masked("dorefa_activation", input, inplace, (bits,))
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0) -> Tensor:
     """Passes the input; quantizes the gradient that flows back to `bits` bits with stochastic rounding.
 
     Each sample (index of the first dimension) is scaled by its own largest magnitude m:
@@ -380,6 +400,7 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
         inplace: return `input` itself, as after an in-place operator, so that later in-place operators may write to it.
             Not for a leaf, nor where the operator that made `input` keeps it for its own backward. Otherwise the result
             is a view, which torch forbids to be written to.
+        stream: which of the seed's independent streams of noise is drawn from, such as the rank of the process.
 
     Returns:
         `input`, or a view of it. Nothing is copied.
@@ -388,4 +409,4 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
     """
     if bits == 32:
         return input
-    return _autograd.dorefa_gradient(input, rng_state, bits, inplace)
+    return _autograd.dorefa_gradient(input, rng_state, bits, stream, inplace)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkernels.functional import Bounds, qparams, quant_range
+from quantkernels.functional import Bounds, _divide, qparams, quant_range
 
 __all__ = [
     "begin_step",
@@ -216,7 +216,7 @@ def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Seque
 
 def _round_to_levels(r: Tensor, levels: int) -> Tensor:
     """quantize_k of the paper, straight-through."""
-    rounded = torch.round(r.detach() * levels) / levels
+    rounded = _divide(torch.round(r.detach() * levels), levels)
     return _apply(_StraightThrough, r, rounded, torch.ones_like(r, dtype=torch.bool))
 
 
@@ -249,7 +249,8 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     largest = t.abs().amax()
     normalised = t / torch.where(largest == 0, 1.0, 2 * largest) + 0.5
     normalised = torch.where(largest == 0, normalised.detach(), normalised)
-    return (2 * _round_to_levels(normalised, 2**bits - 1) - 1).to(weight.dtype)
+    quantized = 2 * _round_to_levels(normalised, 2**bits - 1) - 1
+    return torch.where(largest == 0, 0 * t, quantized).to(weight.dtype)
 
 
 def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
@@ -258,13 +259,14 @@ def dorefa_activation(input: Tensor, bits: int, *, inplace: bool = False) -> Ten
         return input
     x = _widen(input.detach())
     levels = 2**bits - 1
-    y = torch.round(x.clamp(0, 1) * levels) / levels
+    y = _divide(torch.round(x.clamp(0, 1) * levels), levels)
     return _straight_through(input, y, (x >= 0) & (x <= 1), inplace)
 
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_STREAMS = 0x9E3779B97F4A7C15  # between the keys of two streams of one seed: 2^64 over the golden ratio
 
 
 def _multiply_words(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +299,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return [c0, c1, c2, c3]
 
 
-def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """The uniform noise in [-1/2, 1/2) of the gradient quantizer, float64 [numel], exact in float32.
 
     Element i takes word i % 4 of counter (i / 4, step), each 64 bits, low word first.
@@ -305,33 +307,36 @@ def stochastic_noise(numel: int, seed: int, step: int, device: torch.device | st
     block = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
     step_words = [torch.full_like(block, step & _WORD), torch.full_like(block, (step >> 32) & _WORD)]
     counter = (block & _WORD, block >> 32, step_words[0], step_words[1])
-    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    key = seed + stream * _STREAMS
+    words = philox4x32(counter, (key & _WORD, (key >> 32) & _WORD))
     return ((torch.stack(words, 1).reshape(-1)[:numel] >> 8).double() * 2.0**-24) - 0.5
 
 
 class _QuantizeGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, input: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
         ctx.rng_state = rng_state
+        ctx.stream = stream
         ctx.bits = bits
         return input.view_as(input)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         seed, step = ctx.rng_state.tolist()
         g = _widen(grad_outputs[0])
         levels = 2**ctx.bits - 1
-        noise = stochastic_noise(g.numel(), seed, step, g.device).reshape(g.shape).to(g.dtype) / levels
+        noise = stochastic_noise(g.numel(), seed, step, g.device, ctx.stream).reshape(g.shape).to(g.dtype)
+        noise = _divide(noise, levels)
         axes = list(range(1, g.dim()))
         largest = g.abs().amax(axes, keepdim=True) if axes and g.numel() > 0 else g.abs()
         r = (g / (2 * largest) + 0.5 + noise).clamp(0, 1)
-        quantized = 2 * largest * (torch.round(r * levels) / levels - 0.5)
+        quantized = 2 * largest * (_divide(torch.round(r * levels), levels) - 0.5)
         ctx.rng_state[1] += 1
-        return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None
+        return torch.where(largest == 0, 0.0, quantized).to(grad_outputs[0].dtype), None, None, None
 
 
-def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False) -> Tensor:
+def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: bool = False, stream: int = 0) -> Tensor:
     """See :func:`quantkernels.functional.dorefa_gradient`; the result is a view with `inplace` too."""
     if bits == 32:
         return input
-    return _apply(_QuantizeGradient, input, rng_state, bits)
+    return _apply(_QuantizeGradient, input, rng_state, bits, stream)

@@ -163,7 +163,9 @@ def optimizer_steps(rank: int) -> None:
     for step in range(3):
         for part in range(2):
             with CountingReductions() as reductions:
-                model(torch.randn(16, 8, generator=torch.Generator().manual_seed(9 * step + 3 * part + rank))).sum().backward()
+                model(
+                    torch.randn(16, 8, generator=torch.Generator().manual_seed(9 * step + 3 * part + rank))
+                ).sum().backward()
             assert reductions.count == 0
         with CountingReductions() as reductions:
             optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.testing._internal.two_tensor import TwoTensor
 
 from quantkernels import functional, reference
+from quantkernels._autograd import MASKED
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -27,8 +30,9 @@ def rng_state() -> Tensor:
     return torch.tensor([5, 0])
 
 
-def observer_state() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.tensor([-1.0, 1.0]), *scale_of(), torch.tensor(3)
+def observer_state() -> tuple[Tensor, Tensor]:
+    """What a step quantizes with, and its extrema so far."""
+    return torch.tensor([-1.0, 1.0]), torch.tensor([math.inf, -math.inf])
 
 
 # Elementwise, with straight-through gradients; `module` is the library or the reference.
@@ -38,6 +42,15 @@ STRAIGHT_THROUGH: dict[str, Callable[[Any], Operator]] = {
     "bounds": lambda module: lambda x: module.fake_quantize(x, *scale_of(), *GRID, bounds=(0.0, 0.4)),
     "first axis": lambda module: lambda x: module.fake_quantize(x, *scale_of(x.shape[0]), *GRID, 0),
     "last axis": lambda module: lambda x: module.fake_quantize(x, *scale_of(x.shape[-1]), *GRID, -1),
+    "range": lambda module: lambda x: module.fake_quantize_in_range(x, torch.tensor([-0.5, 1.0]), *GRID),
+    "range of channels": lambda module: (
+        lambda x: module.fake_quantize_in_range(
+            x, torch.stack([-scale_of(x.shape[0])[0], scale_of(x.shape[0])[0]]), *GRID, axis=0
+        )
+    ),
+    "current": lambda module: lambda x: module.fake_quantize_current(x, *GRID),
+    "current channels": lambda module: lambda x: module.fake_quantize_current(x, -7, 7, symmetric=True, axis=0),
+    "observed": lambda module: lambda x: module.observe_fake_quantize(x, *observer_state(), *GRID),
     "activation": lambda module: lambda x: module.dorefa_activation(x, 3),
     "sign": lambda module: lambda x: module.dorefa_weight(x, 1),
 }
@@ -48,6 +61,8 @@ IN_PLACE: dict[str, Operator] = {
     "number": lambda x: functional.fake_quantize(x, 0.1, 0, *GRID, inplace=True),
     "tensor": lambda x: functional.fake_quantize(x, *scale_of(), *GRID, inplace=True),
     "axis": lambda x: functional.fake_quantize(x, *scale_of(x.shape[-1]), *GRID, -1, inplace=True),
+    "range": lambda x: functional.fake_quantize_in_range(x, torch.tensor([-0.5, 1.0]), *GRID, inplace=True),
+    "observed": lambda x: functional.observe_fake_quantize(x, *observer_state(), *GRID, inplace=True),
     "activation": lambda x: functional.dorefa_activation(x, 3, inplace=True),
 }
 
@@ -151,6 +166,9 @@ def test_in_place_under_transforms(name: str) -> None:
     torch.testing.assert_close(grad(loss)(x), leaf.grad)
     torch.testing.assert_close(jacfwd(loss)(x), leaf.grad)
     torch.testing.assert_close(vmap(grad(loss))(x[None])[0], leaf.grad)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(tangent, leaf.grad.sum())
 
 
 def test_vmap_over_scales() -> None:
@@ -160,6 +178,21 @@ def test_vmap_over_scales() -> None:
     assert torch.equal(vmap(lambda s: functional.fake_quantize(x, s, zero_point, *GRID))(scales), expected)
     xs = x.expand(3, 7)
     assert torch.equal(vmap(lambda x, s: functional.fake_quantize(x, s, zero_point, *GRID))(xs, scales), expected)
+
+
+@pytest.mark.parametrize("name", ["tensor", "first axis", "last axis", "bounds", "activation"])
+def test_vmap_sample_by_sample_is_vmap_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of operators whose elements depend on one another, on operators whose do not."""
+    operator, batch = STRAIGHT_THROUGH[name](functional), sample(4, 5, 3)
+
+    def loss(x: Tensor) -> Tensor:
+        return operator(x).pow(2).sum()
+
+    results = [vmap(operator, 1)(batch), vmap(grad(loss), 1)(batch)]
+    for key, quantizer in MASKED.items():
+        monkeypatch.setitem(MASKED, key, quantizer._replace(elementwise=False))
+    assert torch.equal(vmap(operator, 1)(batch), results[0])
+    assert torch.equal(vmap(grad(loss), 1)(batch), results[1])
 
 
 @pytest.mark.parametrize("axis", [2, -3])
@@ -196,6 +229,29 @@ def test_observation_under_vmap_sees_every_sample() -> None:
     actual = vmap(lambda x: functional.observe_fake_quantize(x, *states[1], 0, 255))(batch)
     assert torch.equal(actual, expected)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_extrema_of_each_sample() -> None:
+    batch = sample(4, 5, 3)
+    for axis in (None, 0):
+        for actual, expected in zip(
+            vmap(lambda x: functional.min_max(x, axis))(batch),  # noqa: B023
+            zip(*(functional.min_max(x, axis) for x in batch), strict=True),
+            strict=True,
+        ):
+            assert torch.equal(actual, torch.stack(expected))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_what_leaves_a_transform_keeps_its_gradient(name: str) -> None:
+    """Such a tensor is a wrapper that torch's own operators take off before they look at it."""
+    x = sample(3, 4).requires_grad_()
+    kept: list[Tensor] = []
+    grad(lambda y: (kept.append(y), y.sum())[1])(x)
+    (actual,) = torch.autograd.grad(DIFFERENTIABLE[name](functional)(kept[0]).pow(2).sum(), x)
+    (expected,) = torch.autograd.grad(DIFFERENTIABLE[name](functional)(x).pow(2).sum(), x)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_compiled_transform_is_right() -> None:
@@ -337,6 +393,20 @@ def test_noise_under_vmap_is_asked_for(randomness: str) -> None:
     assert state.tolist() == [5, 0]
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_operators_in_place_may_follow_a_quantized_gradient_under_transforms(inplace: bool) -> None:
+    x, states = sample(3, 4), [rng_state(), rng_state()]
+
+    def loss(x: Tensor, state: Tensor, inplace: bool) -> Tensor:
+        y = functional.dorefa_gradient(x * 2, state, 4, inplace=inplace)
+        return (torch.relu_(y) if inplace else torch.relu(y)).pow(2).sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf, states[0], False).backward()
+    assert leaf.grad is not None
+    assert torch.equal(grad(lambda x: loss(x, states[1], inplace))(x), leaf.grad)
+
+
 def test_forward_mode_passes_a_tangent_through_the_gradient_quantizer() -> None:
     x, state = sample(3, 4), rng_state()
     assert torch.equal(jvp(lambda x: functional.dorefa_gradient(x, state, 4), (x,), (x,))[1], x)
@@ -352,7 +422,7 @@ def test_a_scale_that_requires_grad_is_refused() -> None:
         for options in ({}, {"axis": 0}, {"bounds": (0.0, 6.0)}):
             n = 4 if "axis" in options else 1
             scale = torch.full((n,), 0.1, requires_grad=True)
-            with pytest.raises(RuntimeError, match=r"fake_quantize.*: expected `scale` to be a constant"):
+            with pytest.raises(RuntimeError, match=r"^fake_quantize: expected `scale` to be a constant"):
                 functional.fake_quantize(x, scale, zero_point.expand(n), *GRID, **options)  # type: ignore[arg-type]
             with torch.no_grad():
                 functional.fake_quantize(x, scale, zero_point.expand(n), *GRID, **options)  # type: ignore[arg-type]
@@ -375,6 +445,21 @@ def test_a_derivative_by_the_scale_is_refused_under_transforms() -> None:
             transform()
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="expected `scale` to be a constant"):
         loss(forward_ad.make_dual(scale, scale))
+
+
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_range_that_requires_grad_is_refused(argument: int) -> None:
+    state = observer_state()
+    state[argument].requires_grad_()
+    name = ("active", "pending")[argument]
+    with pytest.raises(RuntimeError, match=f"^observe_fake_quantize: expected `{name}` to be a constant"):
+        functional.observe_fake_quantize(torch.randn(4), *state, *GRID)
+    assert [buffer._version for buffer in state] == [0, 0]
+    if argument == 0:
+        with pytest.raises(RuntimeError, match="to be a constant"):
+            functional.fake_quantize_in_range(torch.randn(4), state[0], *GRID)
+        with pytest.raises(RuntimeError, match=r"^fake_quantize_current: expected `active` to be a constant"):
+            functional.fake_quantize_current(torch.randn(4), *GRID, active=state[0])
 
 
 # Version counters
@@ -400,11 +485,19 @@ def test_in_place_operators_bump_the_version(name: str) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_observation_bumps_the_versions_of_its_state(inplace: bool, requires_grad: bool) -> None:
     state = observer_state()
-    versions = [buffer._version for buffer in state]
     x = torch.randn(8, requires_grad=requires_grad) * 1
     functional.observe_fake_quantize(x, *state, 0, 255, inplace=inplace)
-    assert [buffer._version for buffer in state] == [version + 1 for version in versions]
+    assert [buffer._version for buffer in state] == [0, 1]
     assert x._version == inplace
+
+
+def test_a_step_bumps_the_versions_of_its_state() -> None:
+    ranges, active, pending = ([torch.zeros(2), torch.zeros(2, 3)] for _ in range(3))
+    step = torch.tensor(0)
+    functional.begin_step(ranges, active, pending, step, [0, 0])
+    assert [tensor._version for tensor in (*ranges, *active, *pending, step)] == [0, 0, 1, 1, 1, 1, 0]
+    functional.end_step(ranges, pending, [0.1, 0.1], step)
+    assert [tensor._version for tensor in (*ranges, *active, *pending, step)] == [1, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_backward_pass_bumps_the_version_of_its_random_state() -> None:
@@ -490,7 +583,7 @@ FORBIDDEN = (
 
 
 def observe_in_place(x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-    return functional.observe_fake_quantize(x, *state, 0, 255, momentum=1.0, inplace=True)  # type: ignore[arg-type]
+    return functional.observe_fake_quantize(x, *state, 0, 255, inplace=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", FORBIDDEN)
@@ -613,12 +706,48 @@ def unusual() -> dict[str, Tensor]:
 )
 def test_unusual_tensors_raise(kind: str) -> None:
     x = unusual()[kind]
-    operators = [DIFFERENTIABLE[name](functional) for name in ("number", "tensor", "activation", "sign", "weight")]
+    operators = [DIFFERENTIABLE[name](functional) for name in ("number", "tensor", "current", "activation", "weight")]
     for operator in (*operators, *(IN_PLACE[name] for name in ("number", "tensor", "activation"))):
         with pytest.raises(
             (RuntimeError, NotImplementedError), match=r"expected `|Could not run 'quantkernels::|do not have"
         ):
             operator(x)
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE])
+def test_a_wrapper_subclass_quantizes_what_it_wraps(name: str) -> None:
+    a, b = sample(3, 4), sample(3, 4, seed=1)
+    x = TwoTensor(a.clone(), b.clone()).requires_grad_()  # type: ignore[no-untyped-call]
+    y = DIFFERENTIABLE[name](functional)(x)
+    y.pow(2).sum().backward()
+    for part, values in ((lambda t: t.a, a), (lambda t: t.b, b)):
+        leaf = values.clone().requires_grad_()
+        expected = DIFFERENTIABLE[name](functional)(leaf)
+        expected.pow(2).sum().backward()
+        assert torch.equal(part(y), expected)
+        assert torch.equal(part(x.grad), leaf.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_jit_traces_hold_operators_and_have_gradients(recorded: bool, tmp_path: Path) -> None:
+    class Layer(torch.nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = functional.dorefa_weight(functional.fake_quantize(self.weight, *scale_of(3), *GRID, 0), 4)
+            y = torch.nn.functional.linear(functional.dorefa_activation(input, 3), weight, self.bias)
+            return functional.fake_quantize(y, *scale_of(), *GRID, inplace=True)
+
+    layer, x = Layer(4, 3), torch.randn(7, 4)
+    with torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(layer, torch.randn(5, 4))
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    loaded = torch.jit.load(tmp_path / "layer.pt")
+    assert torch.equal(loaded(x), layer(x))
+    if recorded:
+        layer(x).pow(2).sum().backward()
+        loaded(x).pow(2).sum().backward()
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(loaded.weight.grad, layer.weight.grad)
 
 
 class Labelled(Tensor):
@@ -638,3 +767,24 @@ def test_a_subclass_gets_the_right_values() -> None:
         assert x.grad is not None
         assert leaf.grad is not None
         assert torch.equal(x.grad.as_subclass(Tensor), leaf.grad), name
+
+
+def test_every_operator_with_a_mask_is_known() -> None:
+    """What the table says of each is what its schema says."""
+
+    def full_name(schema: Any) -> str:
+        return ".".join(filter(None, (schema.name.partition("::")[2], schema.overload_name)))
+
+    own = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("quantkernels::")]
+    returning = {full_name(s) for s in own if [value.name for value in s.returns] == ["output", "mask"]}
+    schemas = [quantizer.operator.traced._schema for quantizer in MASKED.values()]
+    assert {full_name(schema) for schema in schemas} == returning
+    for schema, quantizer in zip(schemas, MASKED.values(), strict=True):
+        assert [argument.name for argument in schema.arguments] == ["input", *quantizer.names]
+        written = tuple(argument.name for argument in schema.arguments if argument.is_write)
+        assert (quantizer.names[quantizer.mutated] if quantizer.mutated is not None else ()) == written
+        twin = f"{schema.name}_"
+        if any(other.name == twin for other in own):
+            other = quantizer.in_place.traced._schema
+            assert (other.name, other.overload_name) == (twin, schema.overload_name)
+            assert [argument.name for argument in other.arguments] == ["input", *quantizer.names]

@@ -1,5 +1,6 @@
 """The build: setup.py's decisions, and what the library it made asks of the machine it is loaded on."""
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkernels import _ops
+from quantkernels import _ops, functional
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +55,55 @@ def test_library_holds_no_path_of_the_build_machine() -> None:
     contents = _ops.LIBRARY_PATH.read_bytes()
     assert str(ROOT).encode() not in contents
     assert str(Path(torch.__file__).parent).encode() not in contents
+
+
+def test_a_call_of_torch_that_fails_says_why() -> None:
+    says_why = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    with pytest.raises(RuntimeError, match="can't allocate memory" if says_why else "a call of torch failed"):
+        functional.fake_quantize(torch.empty(1).expand(2**60), 0.1, 3, 0, 255)
+
+
+def test_the_stream_is_where_the_library_looks_for_it() -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch is built without CUDA")
+    torch_cuda = ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    assert torch_cuda.aoti_torch_get_current_cuda_stream is not None
+
+
+def test_an_error_of_cuda_tells_of_a_driver_that_is_too_old(tmp_path: Path) -> None:
+    source = tmp_path / "texts.cpp"
+    source.write_text(
+        '#include <iostream>\n#include "cuda_error.h"\n'
+        "int main() {\n"
+        "  for (int driver : {0, 12080, 13000, 13010})\n"
+        '    std::cout << qk::ops::cuda_error_text("unhappy", 13000, driver) << "\\n";\n'
+        "}\n"
+    )
+    program = tmp_path / "texts"
+    subprocess.run(["c++", "-std=c++17", f"-I{ROOT / 'csrc' / 'ops'}", str(source), "-o", str(program)], check=True)
+    none, older, same, newer = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert none == "quantkernels: CUDA error: unhappy (no CUDA driver is found)"
+    assert older == (
+        "quantkernels: CUDA error: unhappy (the kernels are compiled by CUDA 13.0 and the driver is for CUDA 12.8: "
+        "update it, or build quantkernels with an nvcc of CUDA 12)"
+    )
+    assert same == newer == "quantkernels: CUDA error: unhappy"
+
+
+def test_one_range_of_torch_is_stated_everywhere(setup_script: types.ModuleType) -> None:
+    minimum = ".".join(map(str, setup_script.MINIMUM_TORCH))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert re.findall(r"torch>=([\d.]+)", project) == [minimum, minimum]
+    stated = {
+        "README.md": [r"every PyTorch from ([\d.]+) on", r"PyTorch ([\d.]+) or later"],
+        "CHANGELOG.md": [r"every PyTorch from ([\d.]+) on"],
+        "constraints.txt": [r"any torch from ([\d.]+) on"],
+        "setup.py": [r"every torch\nfrom ([\d.]+) on", r"torch>=([\d.]+)", r"to be ([\d.]+) or later"],
+        "quantkernels/_ops.py": [r"needs torch ([\d.]+) or later"],
+    }
+    for name, patterns in stated.items():
+        for pattern in patterns:
+            assert set(re.findall(pattern, (ROOT / name).read_text())) == {minimum}, (name, pattern)
 
 
 def test_wide_registers_stay_inside_their_tier() -> None:
@@ -153,6 +203,12 @@ def test_toolkit_is_found_through_nvcc(
     # sm_100 and sm_120 are left out: this nvcc does not know them.
     assert cuda.architectures == ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90")
     assert decision.startswith(f"nvcc 12.4.99 at {nvcc}: sm_75")
+    assert setup_script.cuda_warning(setup_script.Torch("2.11.0", tmp_path, "12.8"), cuda) is None
+    assert setup_script.cuda_warning(setup_script.Torch("2.11.0", tmp_path, None), cuda) is None
+    warning = setup_script.cuda_warning(setup_script.Torch("2.11.0", tmp_path, "13.0"), cuda)
+    assert warning.startswith(
+        "nvcc is of CUDA 12 and this torch of CUDA 13: the kernels will want a driver for CUDA 12"
+    )
 
     torch_home = Path(torch.__file__).parent
     text = setup_script.ninja_file(setup_script.Torch("2.13.0", torch_home), cuda, {}, tmp_path / "build")

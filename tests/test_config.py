@@ -67,6 +67,127 @@ def test_what_an_entry_matches(where: dict[str, Any], names: set[str]) -> None:
     assert set(decided([{"quant_types": ["output"], "quant_bits": 8, **where}])) == names
 
 
+def nested() -> nn.Sequential:
+    """Two blocks of two layers each, and a head."""
+    blocks = nn.Sequential(*(nn.ModuleDict({"conv1": nn.Conv1d(2, 2, 1), "conv2": nn.Linear(2, 2)}) for _ in range(2)))
+    return nn.Sequential(blocks, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["*.conv1"], {"0.0.conv1", "0.1.conv1"}),
+        (["0.?.conv[12]", "1"], {"0.0.conv1", "0.0.conv2", "0.1.conv1", "0.1.conv2", "1"}),
+        (["0.1.*"], {"0.1.conv1", "0.1.conv2"}),
+        (["0.1.conv2"], {"0.1.conv2"}),
+    ],
+)
+def test_op_names_take_patterns(patterns: list[str], names: set[str]) -> None:
+    assert set(decided([weight(op_types="default", op_names=patterns)], model=nested())) == names
+
+
+def test_a_pattern_that_no_name_has_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the model has no module named '0.2.\*'"):
+        QAT_Quantizer(nested(), [weight(op_types="default", op_names=["0.2.*"])])
+
+
+@pytest.mark.parametrize(
+    ("exclude", "names"),
+    [
+        ({"op_names": ["0.0"]}, {"0.1.conv1", "0.1.conv2", "1"}),
+        ({"op_names": ["0"]}, {"1"}),
+        ({"op_names": ["0.*"]}, {"1"}),
+        ({"op_types": ["ModuleDict"]}, {"1"}),
+        ({"op_names": ["0"], "op_types": ["Sequential"]}, {"1"}),
+        ({"op_names": ["1"]}, {"0.0.conv1", "0.0.conv2", "0.1.conv1", "0.1.conv2"}),
+    ],
+)
+def test_excluding_a_block_excludes_what_is_in_it(exclude: dict[str, Any], names: set[str]) -> None:
+    assert set(decided([weight(op_types="default"), {**exclude, "exclude": True}], model=nested())) == names
+
+
+def test_a_later_entry_takes_a_layer_of_an_excluded_block_in() -> None:
+    entries = [weight(op_types="default"), {"op_names": ["0"], "exclude": True}, weight(op_names=["0.1.conv2"])]
+    assert set(decided(entries, model=nested())) == {"0.1.conv2", "1"}
+
+
+def test_excluding_the_type_of_the_model_itself_is_not_excluding_everything() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"fc": nn.Linear(2, 2)}))
+    assert set(decided([weight(op_types="default"), {"op_types": ["Sequential"], "exclude": True}], model=model)) == {
+        "0",
+        "1.fc",
+    }
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        [weight(op_types=["Conv2d"], quant_bits=4)],
+        [weight(op_names=["conv1"], quant_bits=4), weight(op_names=["conv2"], quant_bits=4)],
+        [{"op_types": ["Conv2d"], "exclude": True}],
+    ],
+    ids=["the same", "each", "excluded"],
+)
+def test_an_entry_that_decides_no_module_is_an_error(later: list[dict[str, Any]]) -> None:
+    entries = [weight(op_types=["Conv2d"]), *later, weight(op_types=["Linear"])]
+    with pytest.raises(ValueError, match=r"config_list\[0\] decides no module: later entries match every module"):
+        QAT_Quantizer(models.conv_net(), entries)
+
+
+def test_what_a_configuration_does_not_say_aloud_is_noted_in_the_summary() -> None:
+    config_list = [
+        {"quant_types": ["weight", "output"], "quant_bits": 8, "op_types": "default"},
+        weight(op_names=["conv2"], quant_bits=4),
+        {"op_types": ["BatchNorm2d"], "exclude": True},
+    ]
+    quantizer = QAT_Quantizer(models.conv_net(), config_list)
+    quantizer.compress()
+    summary = quantizer.summary()
+    assert summary.notes == (
+        "config_list[1] decides 1 module alone, so the 'output' that config_list[0] asks for there is not quantized",
+        "config_list[2] excludes nothing that another entry matches before it",
+    )
+    assert all(note in str(summary) for note in summary.notes)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's layer: a linear layer whose weight is [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 4) * 10.0 ** torch.arange(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+def per_channel(**keys: Any) -> dict[str, Any]:
+    return weight(op_types=["Conv1D"], quant_dtype="int", quant_scheme="per_channel_symmetric", **keys)
+
+
+def assert_columns_have_scales_of_their_own(model: nn.Module) -> None:
+    columns = model(torch.eye(16))
+    for column, original in zip(columns.T, model.get_parameter("0.weight").detach().T, strict=True):
+        torch.testing.assert_close(column, original, rtol=0, atol=0.5001 * float(original.abs().max() / 127))
+
+
+def test_the_axis_of_an_unknown_layout_is_asked_for() -> None:
+    model = nn.Sequential(Conv1D())
+    quantizer = QAT_Quantizer(model, [per_channel()])
+    message = r"config_list\[0\]: .weight. of layer .0. \(Conv1D\) per channel: expected .quant_axis., the axis"
+    with pytest.raises(ValueError, match=message):
+        quantizer.compress()
+    assert type(model[0]) is Conv1D
+    assert list(model.state_dict()) == ["0.weight"]
+    assert_columns_have_scales_of_their_own(QAT_Quantizer(model, [per_channel(quant_axis=1)]).compress())
+
+
+def test_the_layout_of_gpt2s_layer_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
+    model = nn.Sequential(Conv1D())
+    assert_columns_have_scales_of_their_own(QAT_Quantizer(model, [per_channel()]).compress())
+
+
 def test_default_is_nnis_list_of_layer_types() -> None:
     dims = ("1d", "2d", "3d")
     others = {"Linear", "Bilinear", "PReLU", "Embedding", "EmbeddingBag"}
@@ -283,6 +404,16 @@ QAT_ERRORS: list[tuple[Any, type[Exception], str]] = [
     ),
     ([weight(op_types="default", quant_start_step="7000")], TypeError, "['quant_start_step']: expected an int"),
     (
+        [weight(op_types="default", quant_axis=1)],
+        ValueError,
+        "['quant_axis']: expected it to go with a per-channel 'quant_scheme' of 'weight'",
+    ),
+    (
+        [weight(op_types="default", quant_axis="1", quant_scheme="per_channel_affine")],
+        TypeError,
+        "['quant_axis']: expected an int, but got '1'",
+    ),
+    (
         [weight(op_names=["relu1"])],
         ValueError,
         "config_list[1]: quant type 'weight': layer 'relu1' (ReLU6) has no parameter 'weight'",
@@ -385,11 +516,21 @@ def test_other_arguments_are_checked() -> None:
     model = models.conv_net()
     with pytest.raises(TypeError, match=r"expected `optimizer` to be a torch.optim.Optimizer, but got 0.1"):
         QAT_Quantizer(model, [weight(op_types="default")], 0.1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected `dummy_input` to be a tensor or a tuple"):
+    with pytest.raises(TypeError, match="expected `dummy_input` to be a tensor, or a tuple or dict"):
         QAT_Quantizer(model, [weight(op_types="default")], dummy_input="input")  # type: ignore[arg-type]
     for seed, error in ((-1, ValueError), (2**31, ValueError), (1.5, TypeError)):
         with pytest.raises(error, match="expected `seed`"):
             DoReFaQuantizer(model, [{"q_bits": 8, "op_types": "default"}], seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantizer", [QAT_Quantizer, DoReFaQuantizer, NaiveQuantizer])
+def test_the_optimizer_is_the_third_argument_as_in_nni(quantizer: Any) -> None:
+    model = models.conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = quantizer(model, [{"quant_types": ["weight"], "quant_bits": 8, "op_types": "default"}], optimizer)
+    made.compress()
+    models.train(model, steps=2, optimizer=optimizer)
+    assert model.quantizer_step.item() == 2
 
 
 @pytest.mark.parametrize("quant_type", ["input", "output", "gradient"])
@@ -402,7 +543,7 @@ def test_a_container_cannot_be_quantized(quant_type: str) -> None:
 def test_weights_that_cannot_be_quantized() -> None:
     for module, message in (
         (nn.LayerNorm(2, elementwise_affine=False), "has no parameter 'weight'"),
-        (nn.LSTM(2, 2), "has no parameter 'weight'"),
+        (nn.LSTM(2, 2), "is recurrent"),
         (nn.Embedding(4, 2, sparse=True), "has sparse gradients"),
     ):
         model = nn.ModuleDict({"layer": module})

@@ -14,7 +14,10 @@ import pytest
 import torch
 from test_functional import (  # noqa: F401  collected here once more, with the operators on the GPU
     assert_same_bits,
-    observer_state,
+    empty_pending,
+    test_a_fold_is_rounded_after_every_operation_and_finite,
+    test_a_range_without_a_grid_passes_the_clamped_input,
+    test_a_spread_that_overflows_gives_finite_results,
     test_dorefa_activation,
     test_dorefa_gradient,
     test_dorefa_gradient_noise_follows_the_logical_index,
@@ -23,7 +26,10 @@ from test_functional import (  # noqa: F401  collected here once more, with the 
     test_dorefa_weight_of_zeros,
     test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
     test_dorefa_weight_shows_what_is_not_finite,
+    test_fake_quantize_current,
+    test_fake_quantize_current_layouts,
     test_fake_quantize_every_half,
+    test_fake_quantize_in_range,
     test_fake_quantize_layouts,
     test_fake_quantize_next_to_ties,
     test_fake_quantize_per_channel,
@@ -38,12 +44,17 @@ from test_functional import (  # noqa: F401  collected here once more, with the 
     test_min_max_finds_a_nan_anywhere_and_no_other,
     test_min_max_layouts,
     test_min_max_per_channel,
-    test_observe_leaves_buffers_alone_in_evaluation,
+    test_observe_finds_a_nan_anywhere,
+    test_observe_in_place,
+    test_observe_layouts,
     test_observe_per_channel,
     test_observe_sequences,
-    test_unobserved_evaluation_passes_the_input,
+    test_observe_sizes,
+    test_observe_widens_what_is_pending,
+    test_steps_of_many_quantizers,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import quantkernels
 from quantkernels import functional, reference
@@ -58,12 +69,12 @@ class OperatorsOnGpu:
     def on_gpu(self, operator: Any) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             self.calls += 1
-            copies = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+            copies = tree_map_only(Tensor, Tensor.cuda, arguments)
             results = operator(*copies)
             for schema, argument, copy in zip(operator._schema.arguments, arguments, copies, strict=True):
-                if isinstance(argument, Tensor) and schema.alias_info is not None and schema.alias_info.is_write:
-                    argument.copy_(copy)
-            return tuple(r.cpu() for r in results) if isinstance(results, tuple) else results.cpu()
+                if schema.alias_info is not None and schema.alias_info.is_write:
+                    tree_map_only(Tensor, Tensor.copy_, argument, copy)
+            return tree_map_only(Tensor, Tensor.cpu, results)
 
         return call
 
@@ -111,15 +122,21 @@ def test_more_than_two_to_the_31_elements() -> None:
 class TrainingStep:
     """Observation, fake quantization and DoReFa's operators, forward and backward, on the GPU."""
 
-    state: dict[str, Tensor]
+    known: Tensor
+    active: Tensor
+    pending: Tensor
+    step: Tensor
     rng_state: Tensor
     x: Tensor
     weight: Tensor
 
     def run(self) -> None:
         leaf, weight = self.x.clone().requires_grad_(), self.weight.clone().requires_grad_()
-        y = functional.observe_fake_quantize(leaf, *self.state.values(), 0, 255, bounds=(0.0, 6.0))
+        functional.begin_step([self.known], [self.active], [self.pending], self.step, [0])
+        y = functional.observe_fake_quantize(leaf, self.active, self.pending, 0, 255, bounds=(0.0, 6.0))
+        y = y * functional.fake_quantize_current(weight, -127, 127, symmetric=True, axis=0, active=self.active)
         y = functional.dorefa_gradient(y, self.rng_state, 4) * functional.dorefa_weight(weight, 4)
+        functional.end_step([self.known], [self.pending], [0.01], self.step)
         y.backward(torch.ones_like(y))
         assert leaf.grad is not None
         assert weight.grad is not None
@@ -129,8 +146,9 @@ class TrainingStep:
 def step() -> TrainingStep:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 1000, generator=generator).cuda() for _ in range(2))
-    state = {name: tensor.cuda() for name, tensor in observer_state(None).items()}
-    return TrainingStep(state, torch.tensor([1, 0]).cuda(), x, weight)
+    known, pending = torch.zeros(2).cuda(), empty_pending(None).cuda()
+    step = torch.tensor(0).cuda()
+    return TrainingStep(known, known.clone(), pending, step, torch.tensor([1, 0]).cuda(), x, weight)
 
 
 def test_a_training_step_does_not_synchronise(step: TrainingStep) -> None:
@@ -157,28 +175,31 @@ def test_runs_on_the_current_stream() -> None:
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("size", [1000, 20_000_000], ids=["one cooperative launch", "two launches"])
+@pytest.mark.parametrize("size", [1000, 20_000_000])
 def test_graph_capture_and_replay(size: int) -> None:
     x = torch.randn(size, device="cuda")
-    state = {name: tensor.cuda() for name, tensor in observer_state(None).items()}
-    twin = {name: tensor.clone() for name, tensor in state.items()}
+    state = [torch.zeros(2).cuda(), torch.zeros(2).cuda(), empty_pending(None).cuda(), torch.tensor(0).cuda()]
+    twin = [tensor.clone() for tensor in state]
     rng_state, rng_twin = torch.tensor([1, 5], device="cuda"), torch.tensor([1, 5], device="cuda")
 
-    def run(state: dict[str, Tensor], rng_state: Tensor) -> tuple[Tensor, Tensor]:
-        y = functional.observe_fake_quantize(x, *state.values(), 0, 255)
+    def run(state: list[Tensor], rng_state: Tensor) -> tuple[Tensor, Tensor]:
+        known, active, pending, step = state
+        functional.begin_step([known], [active], [pending], step, [1])
+        y = functional.observe_fake_quantize(x, active, pending, 0, 255)
+        functional.end_step([known], [pending], [0.1], step)
         return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4)
 
-    before = [tensor.clone() for tensor in (*state.values(), rng_state)]
+    before = [tensor.clone() for tensor in (*state, rng_state)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(state, rng_state)
-    for tensor, value in zip((*state.values(), rng_state), before, strict=True):
+    for tensor, value in zip((*state, rng_state), before, strict=True):
         assert torch.equal(tensor, value)
     for _ in range(3):
         x.normal_()
         graph.replay()
         expected = run(twin, rng_twin)
-        for actual, value in zip((*captured, *state.values()), (*expected, *twin.values()), strict=True):
+        for actual, value in zip((*captured, *state), (*expected, *twin), strict=True):
             assert torch.equal(actual, value)
     assert rng_state.tolist() == [1, 8]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -16,6 +17,9 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     assert_matches_reference,
     assert_same_bits,
     observe_twins,
+    test_a_fold_is_rounded_after_every_operation_and_finite,
+    test_a_range_without_a_grid_passes_the_clamped_input,
+    test_a_spread_that_overflows_gives_finite_results,
     test_dorefa_activation,
     test_dorefa_gradient,
     test_dorefa_gradient_noise_follows_the_logical_index,
@@ -24,7 +28,10 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_dorefa_weight_of_zeros,
     test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
     test_dorefa_weight_shows_what_is_not_finite,
+    test_fake_quantize_current,
+    test_fake_quantize_current_layouts,
     test_fake_quantize_every_half,
+    test_fake_quantize_in_range,
     test_fake_quantize_layouts,
     test_fake_quantize_next_to_ties,
     test_fake_quantize_per_channel,
@@ -39,10 +46,14 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_min_max_finds_a_nan_anywhere_and_no_other,
     test_min_max_layouts,
     test_min_max_per_channel,
-    test_observe_leaves_buffers_alone_in_evaluation,
+    test_observe_finds_a_nan_anywhere,
+    test_observe_in_place,
+    test_observe_layouts,
     test_observe_per_channel,
     test_observe_sequences,
-    test_unobserved_evaluation_passes_the_input,
+    test_observe_sizes,
+    test_observe_widens_what_is_pending,
+    test_steps_of_many_quantizers,
 )
 from torch import Tensor
 
@@ -68,7 +79,9 @@ def emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def install(operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts `operators` in the place of ``torch.ops.quantkernels``, also where functional has looked them up before."""
     monkeypatch.setattr(functional, "_raw", operators)
-    masked = {name: (getattr(operators, name), getattr(operators, f"{name}_")) for name in functional._EAGER.masked}
+    masked = {
+        name: (getattr(operators, name), getattr(operators, f"{name}_", None)) for name in functional._EAGER.masked
+    }
     emulated = functional._Operators(operators.straight_through, operators.fake_quantize_per_tensor, masked)
     monkeypatch.setattr(functional, "_EAGER", emulated)
 
@@ -88,31 +101,35 @@ class Recorder:
 def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test of this file may pass because it ran on the CPU kernels."""
     scale, zero_point = torch.full((1,), 0.1), torch.tensor([3], dtype=torch.int32)
-    state = (torch.tensor([math.inf, -math.inf]), torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.tensor(0))
+    active, pending = torch.tensor([-1.0, 1.0]), torch.tensor([math.inf, -math.inf])
     rng_state = torch.tensor([1, 0])
-    calls: list[tuple[Callable[[Tensor], Tensor], str | None, str | None]] = [
-        (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), "fake_quantize", "straight_through"),
-        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), "fake_quantize", "straight_through"),
-        (lambda x: functional.observe_fake_quantize(x, *state, 0, 15), "observe_fake_quantize", "straight_through"),
-        (lambda x: functional.min_max(x)[0], "min_max", None),
-        (lambda x: functional.dorefa_weight(x, 4), "dorefa_weight", "dorefa_weight_backward"),
-        (lambda x: functional.dorefa_weight(x, 1), "dorefa_weight", None),
-        (lambda x: functional.dorefa_activation(x, 4), "dorefa_activation", "straight_through"),
-        (lambda x: functional.dorefa_gradient(x, rng_state, 4), None, "dorefa_gradient"),
+    masked = ["fake_quantize", "straight_through"]
+    calls: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
+        (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), masked),
+        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), ["fake_quantize_number", "straight_through"]),
+        (lambda x: functional.fake_quantize_in_range(x, active, 0, 15), masked),
+        (lambda x: functional.observe_fake_quantize(x, active, pending, 0, 15), masked),
+        (lambda x: functional.fake_quantize_current(x, 0, 15), ["current_range", *masked]),
+        (lambda x: functional.min_max(x)[0], ["min_max"]),
+        (lambda x: functional.dorefa_weight(x, 4), ["dorefa_weight", "dorefa_weight_backward"]),
+        (lambda x: functional.dorefa_weight(x, 1), ["dorefa_weight"]),
+        (lambda x: functional.dorefa_activation(x, 4), ["dorefa_activation", "straight_through"]),
+        (lambda x: functional.dorefa_gradient(x, rng_state, 4), ["dorefa_gradient"]),
     ]
     recorder = Recorder(kernels)
     install(EmulatedOperators(recorder), monkeypatch)  # type: ignore[arg-type]
-    for function, forward, backward in calls:
+    for function, launchers in calls:
         recorder.called.clear()
         y = function(torch.linspace(-1, 1, 40).requires_grad_())
         if y.requires_grad:
             y.sum().backward()
-        assert recorder.called == [name for name in (forward, backward) if name is not None]
+        assert recorder.called == launchers
+    recorder.called.clear()
+    functional.begin_step([active], [active.clone()], [pending], torch.tensor(0), [0])
+    functional.end_step([active], [pending], [0.1], torch.tensor(0))
+    assert recorder.called == ["begin_step", "end_step"]
 
 
-# Host code decides by size and alignment: one cooperative launch while a sweep of the emulated device's grid covers the
-# tensor, two launches beyond; with 2 x 2 blocks of 256 threads that is 8192 elements of float32. Beyond 1024 slices of
-# channels (200 and 300 channels in the last dimension) the first launch combines them, else every block of the second.
 ORDERS = (("forward", 1), ("reverse", 2), ("random", 3))
 
 
@@ -131,7 +148,7 @@ def test_every_order_gives_the_same(kernels: ModuleType, order: str, concurrent_
                 ((60, 200), 1),
                 ((40, 300), 1),
             ):
-                steps = [cases.sample(shape, dtype, seed=s) for s in range(3)]  # the first leaves ranges unknown
+                steps = [cases.sample(shape, dtype, seed=s) for s in range(3)]  # the first is not finite
                 steps[1:] = [step.nan_to_num(0.5, 2.0, -2.0) for step in steps[1:]]
                 channels = None if axis is None else shape[axis]
                 observe_twins(steps, channels, axis=axis)
@@ -158,6 +175,17 @@ def test_results_do_not_depend_on_the_grid(kernels: ModuleType) -> None:
         results.append(outputs)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_cuda_is_asked_once_per_kernel_and_device(kernels: ModuleType) -> None:
+    x = cases.sample(5000, torch.float32)
+    asked = []
+    for multiprocessors in (17, 17, 19, 17):  # no other test has these devices
+        kernels.configure(multiprocessors=multiprocessors)
+        functional.fake_quantize(x, 0.1, 3, 0, 255)
+        functional.fake_quantize(x.double(), 0.1, 3, 0, 255)
+        asked.append(kernels.occupancy_queries())
+    assert [after - before for before, after in itertools.pairwise(asked)] == [0, 2, 0]
 
 
 def test_more_channels_than_a_block_has_threads() -> None:

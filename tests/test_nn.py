@@ -32,62 +32,96 @@ def assert_same_state(module: nn.Module, expected: dict[str, Tensor]) -> None:
         assert torch.equal(actual[name], buffer), name
 
 
+def fold(old: Tensor, seen: Tensor, momentum: float) -> Tensor:
+    """The moving average of a range, which takes the first that it sees."""
+    if not old.any():
+        return seen
+    return torch.stack([old[end] + momentum * (seen[end] - old[end]) for end in (0, 1)])
+
+
+def extrema(x: Tensor, axis: int | None) -> Tensor:
+    axes = [dim for dim in range(x.dim()) if dim != axis]
+    return torch.stack([x.amin(axes), x.amax(axes)])
+
+
+def quantized_in(x: Tensor, observed: Tensor, module: FakeQuantize) -> Tensor:
+    """The contract, section 2 and 3, by the reference."""
+    scale, zero_point = reference.qparams(*observed, module.quant_min, module.quant_max, module.symmetric)
+    grid = (scale.reshape(-1), zero_point.reshape(-1), module.quant_min, module.quant_max)
+    return reference.fake_quantize(x, *grid, module.axis)
+
+
 @pytest.mark.parametrize("dtype", ["uint", "int"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", [2, 8, 16])
-def test_fake_quantize_agrees_with_the_reference_over_a_training_run(bits: int, scheme: str, dtype: str) -> None:
+def test_fake_quantize_agrees_with_the_reference_over_a_training_run(bits: int, scheme: Any, dtype: Any) -> None:
     channels = 3 if scheme.startswith("per_channel") else None
     module = FakeQuantize(bits, dtype, scheme, axis=1, momentum=0.1, channels=channels)
-    expected = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    quant_min, quant_max = reference.quant_range(bits, dtype, scheme.endswith("symmetric"))
-    for step in range(4):
-        module.train(step < 3)
+    expected = torch.zeros_like(module.observed_range)
+    for step in range(5):
+        module.train(step < 4)
         x = sample(4, 3, 5, seed=step) * (step + 1)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         actual = module(a)
-        wanted = reference.observe_fake_quantize(
-            b,
-            **expected,
-            quant_min=quant_min,
-            quant_max=quant_max,
-            symmetric=scheme.endswith("symmetric"),
-            axis=None if channels is None else 1,
-            momentum=0.1,
-            observe=step < 3,
-            advance_step=step < 3,
-        )
-        actual.sum().backward()
-        wanted.sum().backward()
+        wanted = b * 1 if step == 0 else quantized_in(b, expected, module)
+        gradient = sample(4, 3, 5, seed=100)
+        actual.backward(gradient)
+        wanted.backward(gradient)
         assert torch.equal(actual, wanted)
         assert a.grad is not None
         assert b.grad is not None
         assert torch.equal(a.grad, b.grad)
-        assert_same_state(module, expected)
+        if module.training:
+            expected = fold(expected, extrema(x, module.axis), 0.1)
+        assert_same_state(module, {"range": expected})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_buffers_have_their_shape_and_dtype_from_construction(scheme: str) -> None:
+def test_the_range_has_its_shape_and_dtype_from_construction(scheme: Any) -> None:
     channels = 4 if scheme.startswith("per_channel") else None
     module = FakeQuantize(8, "uint", scheme, channels=channels)
-    assert list(module.state_dict()) == ["range", "scale", "zero_point", "step"]
-    before = {name: (buffer.shape, buffer.dtype) for name, buffer in module.named_buffers()}
-    assert before["range"] == (torch.Size([2] if channels is None else [2, 4]), torch.float32)
-    assert before["zero_point"] == (torch.Size([channels or 1]), torch.int32)
-    assert before["step"] == (torch.Size([]), torch.int64)
-    module(sample(4, 6))
-    assert {name: (buffer.shape, buffer.dtype) for name, buffer in module.named_buffers()} == before
+    assert list(module.state_dict()) == ["range"]
+    for _ in range(2):
+        for tensor in (module.range, module.active, module.pending):
+            assert (tensor.shape, tensor.dtype) == (torch.Size([2] if channels is None else [2, 4]), torch.float32)
+        module(sample(4, 6))
+    assert module.range is module.observed_range
 
 
-def test_symmetric_uint_starts_at_the_middle_zero_point() -> None:
-    assert FakeQuantize(8, "uint", "per_tensor_symmetric").zero_point.tolist() == [128]
-    assert FakeQuantize(8, "int", "per_tensor_symmetric").zero_point.tolist() == [0]
+def test_a_new_range_has_seen_nothing_and_reset_parameters_forgets() -> None:
+    module = FakeQuantize()
+    assert module.range.tolist() == [0.0, 0.0]
+    x = sample(8)
+    module(x)
+    assert module.range.tolist() == [x.min(), x.max()]
+    module.reset_parameters()
+    assert module.range.tolist() == [0.0, 0.0]
+    assert torch.equal(module(3 * x), 3 * x)
+    assert module.range.tolist() == [3 * x.min(), 3 * x.max()]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_a_dynamic_quantizer_takes_the_range_of_its_input_and_has_no_state(scheme: Any, mode: bool) -> None:
+    module = FakeQuantize(4, "int", scheme, axis=1, dynamic=True).train(mode)
+    assert not module.state_dict()
+    assert module.range is None
+    for seed in range(3):
+        a, b = (sample(4, 3, 5, seed=seed).mul(seed + 1).requires_grad_() for _ in range(2))
+        actual, wanted = module(a), quantized_in(b, extrema(b.detach(), module.axis), module)
+        assert torch.equal(actual, wanted)
+        actual.sum().backward()
+        wanted.sum().backward()
+        assert a.grad is not None
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_a_checkpoint_loads_strictly_into_a_fresh_module_and_continues_alike() -> None:
-    trained = FakeQuantize(4, quant_start_step=1)
+    trained = FakeQuantize(4)
     for step in range(3):
         trained(sample(16, seed=step))
-    fresh = FakeQuantize(4, quant_start_step=1)
+    fresh = FakeQuantize(4)
     fresh.load_state_dict(trained.state_dict(), strict=True)
     for module in (trained, fresh):
         module.eval()
@@ -106,35 +140,17 @@ def test_evaluation_never_changes_a_buffer() -> None:
     assert_same_state(module, before)
 
 
-def test_evaluation_before_any_training_passes_the_input_unquantized() -> None:
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_what_has_seen_nothing_passes_its_input_unquantized_but_clamped(mode: bool) -> None:
     x = sample(8)
-    assert torch.equal(FakeQuantize().eval()(x), x)
-    assert torch.equal(FakeQuantize(bounds=(0, 1)).eval()(x), x.clamp(0, 1))
+    assert torch.equal(FakeQuantize(2).train(mode)(x), x)
+    assert torch.equal(FakeQuantize(2, bounds=(0, 1)).train(mode)(x), x.clamp(0, 1))
 
 
-def test_the_delay_observes_but_does_not_quantize() -> None:
-    module = FakeQuantize(2, quant_start_step=2)
-    for step in range(4):
-        x = sample(32, seed=step)
-        assert torch.equal(module(x), x) == (step < 2)
-    assert module.step.tolist() == 4
-
-
-def test_advance_step_false_leaves_the_counting_to_others() -> None:
-    module = FakeQuantize(advance_step=False)
-    module(sample(4))
-    assert module.step.tolist() == 0
-    assert module.range.isfinite().all()
-
-
-def test_observe_takes_a_range_without_counting_a_step_or_writing_to_its_input() -> None:
-    module = FakeQuantize(momentum=1.0, inplace=True).eval()
-    x = sample(8).requires_grad_()
-    before = x.detach().clone()
-    module.observe(x)
-    assert torch.equal(x, before)
-    assert module.step.tolist() == 0
-    assert torch.equal(module.range, torch.stack([x.min(), x.max()]))
+def test_a_channel_that_has_seen_nothing_passes_unquantized() -> None:
+    module = FakeQuantize(2, "int", "per_channel_symmetric", axis=0, channels=2)
+    module(torch.tensor([[0.0, 0.0], [-1.0, 1.0]]))
+    assert module(torch.tensor([[0.3, -7.0], [0.3, -7.0]])).tolist() == [[pytest.approx(0.3), -7.0], [0.0, -1.0]]
 
 
 @pytest.mark.parametrize("bounds", [(0.0, math.inf), (0.0, 6.0), (-1.0, 0.5)])
@@ -159,6 +175,45 @@ def test_a_fused_activation_is_the_clamp_followed_by_fake_quantization(
     assert_same_state(fused, state(plain))
 
 
+@pytest.mark.parametrize("bounds", [None, (0.0, math.inf), (-1.0, 0.5)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_module_that_is_switched_off_is_its_activation_and_observes_nothing(
+    bounds: tuple[float, float] | None, inplace: bool
+) -> None:
+    module = FakeQuantize(2, bounds=bounds, inplace=inplace)
+    module(sample(8, seed=1))
+    module.enabled = False
+    before = state(module)
+    x = sample(8)
+    expected = x.clone() if bounds is None else x.clamp(*bounds)
+    output = module(x)
+    assert torch.equal(output, expected)
+    assert (output is x) == (inplace or bounds is None)
+    assert_same_state(module, before)
+
+
+def test_a_frozen_range_stays_in_training() -> None:
+    module = FakeQuantize(2)
+    module(torch.tensor([-1.0, 2.0]))
+    module.frozen = True
+    assert module(torch.tensor([-9.0, 0.4, 9.0])).tolist() == [-1.0, 0.0, 2.0]
+    assert module.range.tolist() == [-1.0, 2.0]
+
+
+def test_a_call_that_raises_changes_nothing() -> None:
+    module = FakeQuantize(8, inplace=True)
+    module(sample(8, seed=1))
+    before = state(module)
+    leaf = sample(8).requires_grad_()
+    with pytest.raises(RuntimeError):
+        module(leaf)
+    assert torch.equal(leaf.detach(), sample(8))
+    assert_same_state(module, before)
+    with pytest.raises(RuntimeError):
+        module(torch.arange(3))
+    assert_same_state(module, before)
+
+
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "double"])
 def test_a_conversion_keeps_the_dtypes_and_values_of_the_buffers(convert: str) -> None:
     module = FakeQuantize(momentum=0.3)
@@ -166,14 +221,27 @@ def test_a_conversion_keeps_the_dtypes_and_values_of_the_buffers(convert: str) -
     before = state(module)
     getattr(module, convert)()
     assert_same_state(module, before)
+    assert {tensor.dtype for tensor in (module.active, module.pending)} == {torch.float32}
     x = getattr(sample(8), convert)()
     assert module(x).dtype == x.dtype
 
 
-def test_to_device_moves_the_buffers() -> None:
+def test_to_device_moves_all_tensors() -> None:
     module = FakeQuantize().to("meta")
-    assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+    assert {tensor.device.type for tensor in (module.range, module.active, module.pending)} == {"meta"}
     assert module(torch.empty(3, device="meta")).shape == (3,)
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor_affine", "per_channel_affine"])
+def test_a_module_of_the_meta_device_is_new_once_it_has_memory(scheme: Any) -> None:
+    channels = 3 if scheme.startswith("per_channel") else None
+    with torch.device("meta"):
+        module = FakeQuantize(4, scheme=scheme, channels=channels)
+    module.to_empty(device="cpu").reset_parameters()
+    fresh = FakeQuantize(4, scheme=scheme, channels=channels)
+    for seed in range(3):
+        assert torch.equal(module(sample(3, 5, seed=seed)), fresh(sample(3, 5, seed=seed)))
+    assert_same_state(module, state(fresh))
 
 
 @pytest.mark.parametrize(
@@ -190,11 +258,17 @@ def test_to_device_moves_the_buffers() -> None:
         ({"scheme": "per_channel_affine"}, ValueError, "`channels` to be given with scheme 'per_channel_affine'"),
         ({"scheme": "per_channel_affine", "channels": 0}, ValueError, "`channels` to be at least 1, but got 0"),
         ({"channels": 3}, ValueError, "`channels` to be None with scheme 'per_tensor_affine', but got 3"),
+        (
+            {"scheme": "per_channel_affine", "channels": 3, "dynamic": True},
+            ValueError,
+            "`channels` to be None with `dynamic`, but got 3",
+        ),
+        ({"dynamic": True, "bounds": (0, 6)}, ValueError, "`bounds` and `inplace` not to be given with `dynamic`"),
+        ({"dynamic": True, "inplace": True}, ValueError, "`bounds` and `inplace` not to be given with `dynamic`"),
         ({"axis": "0"}, TypeError, "`axis` to be an int, but got '0'"),
         ({"momentum": 0}, ValueError, r"`momentum` to be in \(0, 1\], but got 0"),
         ({"momentum": 1.5}, ValueError, r"`momentum` to be in \(0, 1\], but got 1.5"),
         ({"momentum": "0.1"}, TypeError, "`momentum` to be a number, but got '0.1'"),
-        ({"quant_start_step": -1}, ValueError, "`quant_start_step` to be at least 0, but got -1"),
         ({"bounds": (1, 0)}, ValueError, r"`bounds` to be \(low, high\) with low < high, but got \(1, 0\)"),
         ({"bounds": (0, math.nan)}, ValueError, "`bounds` to be"),
         ({"bounds": 6}, ValueError, "`bounds` to be"),
@@ -207,22 +281,26 @@ def test_fake_quantize_rejects_bad_arguments(arguments: dict[str, Any], error: t
 
 def test_fake_quantize_describes_itself() -> None:
     assert repr(FakeQuantize()) == "FakeQuantize(bits=8, dtype=uint, scheme=per_tensor_affine, momentum=0.01)"
-    module = FakeQuantize(
-        4, "int", "per_channel_symmetric", 1, 1.0, channels=3, quant_start_step=7, bounds=(0, 6), inplace=True
-    )
+    module = FakeQuantize(4, "int", "per_channel_symmetric", 1, 1.0, channels=3, bounds=(0, 6), inplace=True)
+    module.frozen, module.enabled = True, False
     assert repr(module) == (
         "FakeQuantize(bits=4, dtype=int, scheme=per_channel_symmetric, axis=1, channels=3, momentum=1, "
-        "quant_start_step=7, bounds=(0.0, 6.0), inplace=True)"
+        "bounds=(0.0, 6.0), inplace=True, frozen=True, enabled=False)"
     )
+    weight = FakeQuantize(4, "int", "per_channel_symmetric", dynamic=True)
+    assert repr(weight) == "FakeQuantize(bits=4, dtype=int, scheme=per_channel_symmetric, axis=0, dynamic=True)"
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_module_can_be_copied_and_pickled(duplicate: Any) -> None:
-    module = FakeQuantize(bounds=(0, 6), quant_start_step=1)
+    module = FakeQuantize(4, bounds=(0, 6))
     module(sample(8))
     twin = duplicate(module)
-    assert torch.equal(twin(sample(8, seed=1)), module(sample(8, seed=1)))
+    for seed in range(1, 3):
+        assert torch.equal(twin(sample(8, seed=seed)), module(sample(8, seed=seed)))
     assert_same_state(twin, state(module))
+    module(100 * sample(8))
+    assert not torch.equal(twin.range, module.range)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8, 32])
@@ -230,6 +308,22 @@ def test_dorefa_modules_are_the_functional_operators(bits: int) -> None:
     x = sample(6, 5)
     assert torch.equal(DoReFaWeight(bits)(x), functional.dorefa_weight(x, bits))
     assert torch.equal(DoReFaActivation(bits)(x), functional.dorefa_activation(x, bits))
+
+
+def test_dorefa_modules_that_are_switched_off_pass_their_input() -> None:
+    x = sample(6, 5)
+    for module, expected in (
+        (DoReFaWeight(2), x),
+        (DoReFaActivation(2), x),
+        (DoReFaActivation(2, bounds=(0.0, math.inf)), x.relu()),
+        (DoReFaActivation(2, bounds=(0.0, 6.0)), x.clamp(0, 6)),
+    ):
+        module.enabled = False
+        assert torch.equal(module(x), expected)
+    gradient = DoReFaGradient(2)
+    gradient.enabled = False
+    assert torch.equal(gradient_through(gradient, 0), sample(4, 9, seed=100))
+    assert gradient.rng_state.tolist() == [0, 0]
 
 
 def test_dorefa_activation_in_place() -> None:

@@ -1,4 +1,4 @@
-"""The quantizers on whole models: what they instrument, that the model trains, and that all of it can be taken back."""
+"""The quantizers on whole models: what they instrument, that all of it can be taken back, copies and pickles."""
 
 from __future__ import annotations
 
@@ -15,53 +15,11 @@ from typing import Any
 import models
 import pytest
 import torch
+from configurations import CLAMPS, Make, entry, every_quantizer, levels, naive, naively, qat
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrizations, parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantkernels import (
-    DoReFaQuantizer,
-    NaiveQuantizer,
-    QAT_Quantizer,
-    QATQuantizer,
-    Quantizer,
-    functional,
-)
+from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, QATQuantizer, Quantizer, functional
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight, FakeQuantize
-
-CLAMPS = ["ReLU", "ReLU6", "Hardtanh"]
-
-
-def qat(model: nn.Module, **options: Any) -> QAT_Quantizer:
-    """Every quant type, per channel and per tensor."""
-    layers = {
-        "quant_types": ["weight", "input", "output"],
-        "quant_bits": {"weight": 4, "input": 8, "output": 8},
-        "quant_scheme": {"weight": "per_channel_symmetric"},
-        "quant_dtype": {"weight": "int"},
-        "op_types": ["Conv2d", "Linear"],
-    }
-    activations = {"quant_types": ["output"], "quant_bits": 8, "op_types": CLAMPS}
-    return QAT_Quantizer(model, [layers, activations], **options)
-
-
-def delayed_qat(model: nn.Module, start: int = 2, **options: Any) -> QAT_Quantizer:
-    entry = {"quant_types": ["weight", "output"], "quant_bits": 4, "quant_start_step": start}
-    return QAT_Quantizer(model, [{**entry, "op_types": "default"}, {**entry, "op_names": ["fc"]}], **options)
-
-
-def dorefa(model: nn.Module) -> DoReFaQuantizer:
-    layers = {"q_bits": {"weight": 2, "input": 4, "gradient": 6}, "op_types": "default"}
-    return DoReFaQuantizer(model, [layers, {"q_bits": {"output": 4}, "op_types": CLAMPS}], seed=5)
-
-
-def naive(model: nn.Module) -> NaiveQuantizer:
-    return NaiveQuantizer(model)
-
-
-QUANTIZERS: list[Callable[[nn.Module], Quantizer]] = [qat, delayed_qat, dorefa, naive]
-every_quantizer = pytest.mark.parametrize("make", QUANTIZERS, ids=lambda make: make.__name__)
 
 
 def default_layers() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
@@ -78,12 +36,12 @@ def default_layers() -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
     ]
 
 
-def weight_only(**keys: Any) -> list[dict[str, Any]]:
-    return [{"quant_types": ["weight"], "quant_bits": 8, **keys}]
+default_layer = pytest.mark.parametrize(("layer", "args"), default_layers(), ids=lambda value: type(value).__name__)
 
 
-def parameter_ids(model: nn.Module) -> dict[int, tuple[int, ...]]:
-    return {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
+def instrumented(model: nn.Module) -> list[tuple[int, type, list[str]]]:
+    """What compress() changes of each module: its class, its children and attributes."""
+    return [(id(module), type(module), [*vars(module), *module._modules]) for module in model.modules()]
 
 
 # The documents' examples
@@ -113,9 +71,8 @@ def test_the_documented_dorefa_example() -> None:
 def test_the_documented_naive_example() -> None:
     model = models.conv_net()
     NaiveQuantizer(model).compress()
-    weight = model.fc.parametrizations.weight.original
-    scale = weight.abs().max() / 127
-    assert torch.equal(model.fc.weight, functional.fake_quantize(weight, scale.reshape(1), 0, -127, 127))
+    x = torch.randn(3, 128)
+    assert torch.equal(model.fc(x), nn.functional.linear(x, naively(model.fc.weight), model.fc.bias))
 
 
 def test_qat_quantizer_has_an_alias() -> None:
@@ -125,11 +82,9 @@ def test_qat_quantizer_has_an_alias() -> None:
 # What is instrumented
 
 
-def test_compress_returns_the_same_model_and_keeps_its_parameters() -> None:
+def test_compress_returns_the_same_model() -> None:
     model = models.conv_net()
-    before = parameter_ids(model)
     assert qat(model).compress() is model
-    assert parameter_ids(model) == before
 
 
 def test_qat_instruments_weights_inputs_and_outputs() -> None:
@@ -137,65 +92,72 @@ def test_qat_instruments_weights_inputs_and_outputs() -> None:
     quantizer = qat(model)
     quantizer.compress()
     conv = model.conv1
-    weight = conv.parametrizations.weight[0]
+    weight = conv.weight_quantizer
     assert isinstance(weight, FakeQuantize)
-    assert (weight.bits, weight.dtype, weight.channels, weight.momentum) == (4, "int", 8, 1.0)
+    assert (weight.bits, weight.dtype, weight.axis, weight.dynamic) == (4, "int", 0, True)
     assert isinstance(conv.input_quantizer[0], FakeQuantize)
     assert isinstance(conv.output_quantizer, FakeQuantize)
+    assert (conv.output_quantizer.bits, conv.output_quantizer.dynamic) == (8, False)
     layer = quantizer.layers[0]
     assert (layer.name, layer.op_type, set(layer.quantizers)) == ("conv1", "Conv2d", {"weight", "input", "output"})
 
 
-def test_a_clamp_type_activation_is_replaced_by_one_fused_module_of_its_name() -> None:
+def test_a_clamp_type_activation_is_quantized_in_one_operator_with_its_clamp() -> None:
     model = models.conv_net()
-    qat(model).compress()
+    quantizer = qat(model)
+    activations = {name: model.get_submodule(name) for name in ("relu1", "relu2", "tanh")}
+    quantizer.compress()
     for name, bounds, inplace in (("relu1", (0, 6), True), ("relu2", (0, torch.inf), False), ("tanh", (-2, 3), False)):
-        fused = model.get_submodule(name)
+        activation = model.get_submodule(name)
+        assert activation is activations[name]
+        fused = activation.output_quantizer
         assert isinstance(fused, FakeQuantize)
         assert (fused.bounds, fused.inplace) == (bounds, inplace)
-        assert not fused._forward_hooks
+    assert [layer.name for layer in quantizer.layers if layer.fused] == list(activations)
 
 
 def test_the_quantized_output_of_a_layer_is_what_the_functional_operators_give() -> None:
     linear = nn.Linear(3, 4)
-    entry = {"quant_types": ["weight", "input", "output"], "quant_bits": 4, "op_types": ["Linear"]}
-    model = QAT_Quantizer(nn.Sequential(linear), [entry]).compress()
+    model = QAT_Quantizer(nn.Sequential(linear), [entry("weight input output", 4, op_types=["Linear"])]).compress()
 
-    def quantize(x: Tensor) -> Tensor:
-        scale, zero_point = functional.qparams(*(b.reshape(1) for b in torch.aminmax(x.detach())), 0, 15)
+    def quantize(x: Tensor, of: Tensor) -> Tensor:
+        scale, zero_point = functional.qparams(*(b.reshape(1) for b in torch.aminmax(of.detach())), 0, 15)
         return functional.fake_quantize(x, scale, zero_point, 0, 15)
 
-    x = torch.randn(5, 3)
-    expected = quantize(
-        nn.functional.linear(quantize(x), quantize(linear.parametrizations.weight.original), linear.bias)
-    )
+    first, x = torch.randn(5, 3), torch.randn(5, 3)
+    weight = quantize(linear.weight, linear.weight)
+    output = nn.functional.linear(first, weight, linear.bias)
+    assert torch.equal(model(first), output)  # the first step only observes
+    expected = quantize(nn.functional.linear(quantize(x, first), weight, linear.bias), output)
     assert torch.equal(model(x), expected)
 
 
 def test_dorefa_instruments_each_quant_type() -> None:
     model = models.conv_net()
-    dorefa(model).compress()
-    assert isinstance(model.conv1.parametrizations.weight[0], DoReFaWeight)
+    dorefa_layers = {"q_bits": {"weight": 2, "input": 4, "gradient": 6}, "op_types": "default"}
+    DoReFaQuantizer(model, [dorefa_layers, {"q_bits": {"output": 4}, "op_types": CLAMPS}]).compress()
+    assert isinstance(model.conv1.weight_quantizer, DoReFaWeight)
     assert isinstance(model.conv1.input_quantizer[0], DoReFaActivation)
     assert isinstance(model.conv1.gradient_quantizer, DoReFaGradient)
-    assert isinstance(model.relu1, DoReFaActivation)
-    assert model.relu1.inplace
-    assert isinstance(model.tanh, DoReFaActivation)
+    assert isinstance(model.relu1.output_quantizer, DoReFaActivation)
+    assert model.relu1.output_quantizer.inplace
+    assert isinstance(model.tanh.output_quantizer, DoReFaActivation)
     x = torch.linspace(-4, 4, 101)
     assert torch.equal(model.tanh(x), functional.dorefa_activation(x, 4))
 
 
 def test_dorefa_keeps_a_hardtanh_that_does_not_reach_from_0_to_1() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Hardtanh(-0.5, 0.5))
-    DoReFaQuantizer(model, [{"q_bits": {"output": 2}, "op_types": ["Hardtanh"]}]).compress()
-    assert type(model[1]) is nn.Hardtanh
+    quantizer = DoReFaQuantizer(model, [{"q_bits": {"output": 2}, "op_types": ["Hardtanh"]}])
+    quantizer.compress()
+    assert not quantizer.layers[0].fused
     x = torch.linspace(-1, 1, 9)
     assert torch.equal(model[1](x), functional.dorefa_activation(x.clamp(-0.5, 0.5), 2))
 
 
 def test_dorefa_gradients_are_quantized_with_noise_of_their_own() -> None:
     model = models.conv_net()
-    dorefa(model).compress()
+    DoReFaQuantizer(model, [{"q_bits": {"weight": 2, "gradient": 6}, "op_types": "default"}], seed=5).compress()
     seeds = [m.rng_state[0].item() for m in model.modules() if isinstance(m, DoReFaGradient)]
     assert len(set(seeds)) == len(seeds) == 3
     models.train(model, steps=2)
@@ -217,7 +179,8 @@ def test_dorefa_at_32_bits_is_the_float_network() -> None:
     bits = {"weight": 32, "input": 32, "output": 32, "gradient": 32}
     DoReFaQuantizer(model, [{"q_bits": bits, "op_types": ["default", *CLAMPS]}]).compress()
     assert models.train(model) == models.train(plain)
-    models.assert_same_tensors(model.state_dict(), plain.state_dict())
+    state = model.state_dict()
+    models.assert_same_tensors({key: state[key] for key in plain.state_dict()}, plain.state_dict())
 
 
 def test_an_activation_with_input_gradient_and_output() -> None:
@@ -226,10 +189,10 @@ def test_an_activation_with_input_gradient_and_output() -> None:
     relu = model[1]
     quantizer.compress()
     model(torch.randn(3, 4)).sum().backward()
-    assert model[1].gradient_quantizer.rng_state.tolist() == [0, 1]
+    assert relu.gradient_quantizer.rng_state.tolist() == [0, 1]
     quantizer.decompress()
     assert model[1] is relu
-    assert not vars(relu)["_modules"]
+    assert not relu._modules
 
 
 @pytest.mark.parametrize("bits", [{}, {"output": 4}], ids=["float activation", "quantized activation"])
@@ -241,34 +204,39 @@ def test_an_activation_in_place_may_follow_a_quantized_gradient(bits: dict[str, 
     assert model[0].gradient_quantizer.rng_state.tolist() == [0, 1]
 
 
-def test_every_default_layer_type_and_an_activation_take_a_quantized_gradient() -> None:
-    for layer, args in default_layers():
-        model = nn.ModuleDict({"layer": layer, "sigmoid": nn.Sigmoid()})
-        DoReFaQuantizer(model, [{"q_bits": {"gradient": 4}, "op_types": ["default", "Sigmoid"]}]).compress()
-        model.sigmoid(torch.relu_(layer(*args))).sum().backward()
-        assert layer.gradient_quantizer.rng_state.tolist() == [0, 1]
-        assert all(parameter.grad is not None for parameter in model.parameters())
+@default_layer
+def test_every_default_layer_type_and_an_activation_take_a_quantized_gradient(
+    layer: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    layer = copy.deepcopy(layer)
+    model = nn.ModuleDict({"layer": layer, "sigmoid": nn.Sigmoid()})
+    DoReFaQuantizer(model, [{"q_bits": {"gradient": 4}, "op_types": ["default", "Sigmoid"]}]).compress()
+    model.sigmoid(torch.relu_(layer(*args))).sum().backward()
+    assert layer.gradient_quantizer.rng_state.tolist() == [0, 1]
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_a_subclass_of_an_activation_is_hooked_rather_than_replaced() -> None:
+def test_a_subclass_of_an_activation_keeps_its_own_forward() -> None:
     class Shifted(nn.ReLU):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) + 1
 
     model = nn.Sequential(Shifted())
-    QAT_Quantizer(model, [{"quant_types": ["output"], "quant_bits": 8, "op_types": ["Shifted"]}]).compress()
-    assert type(model[0]) is Shifted
-    assert model(torch.tensor([-1.0, 1.0])).tolist() == pytest.approx([1.0, 2.0], abs=2 / 255)
+    quantizer = QAT_Quantizer(model, [entry("output", op_types=["Shifted"])])
+    quantizer.compress()
+    assert not quantizer.layers[0].fused
+    x = torch.tensor([-1.0, 1.0])
+    model(x)
+    assert model(x).tolist() == pytest.approx([1.0, 2.0], abs=2 / 255)
 
 
-def test_an_activation_that_is_hooked_keeps_its_hooks() -> None:
+def test_a_fused_activation_keeps_its_hooks() -> None:
     model = nn.Sequential(nn.ReLU())
     seen = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))
-    QAT_Quantizer(model, [{"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU"]}]).compress()
+    QAT_Quantizer(model, [entry("output", op_types=["ReLU"])]).compress()
     model(torch.randn(4))
     assert len(seen) == 1
-    assert type(model[0]) is nn.ReLU
 
 
 @pytest.mark.parametrize(
@@ -278,12 +246,13 @@ def test_an_activation_that_is_hooked_keeps_its_hooks() -> None:
 )
 def test_the_root_itself_can_be_quantized(root: nn.Module, quant_type: str) -> None:
     before = type(root)
-    entry = {"quant_types": [quant_type], "quant_bits": 2, "op_names": [""]}
-    quantizer = QAT_Quantizer(root, [entry])
+    quantizer = QAT_Quantizer(root, [entry(quant_type, 2, op_names=[""])])
     x = torch.randn(4, 3)
     expected = root(x)
     assert quantizer.compress() is root
+    root(x)
     assert not torch.equal(root(x), expected)
+    assert root.quantizer_step.item() == 2
     quantizer.decompress()
     assert type(root) is before
     assert torch.equal(root(x), expected)
@@ -302,78 +271,59 @@ def test_a_shared_layer_is_instrumented_once() -> None:
             return self.blocks[1](self.second(self.relu(self.first(x))))
 
     model = Twice()
-    entry = {"quant_types": ["weight", "output"], "quant_bits": 8, "op_types": ["Linear"]}
-    quantizer = QAT_Quantizer(model, [entry, {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU"]}])
+    before = instrumented(model)
+    quantizer = QAT_Quantizer(model, [entry("weight output", op_types=["Linear"]), entry("output", op_types=["ReLU"])])
     relu = model.relu
     quantizer.compress()
     assert len(quantizer.layers) == 2
-    assert len(model.first.parametrizations.weight) == 1
     assert model.first is model.second
-    assert model.relu is model.blocks[0] is model.blocks[1]
-    assert isinstance(model.relu, FakeQuantize)
+    assert model.relu is model.blocks[0] is model.blocks[1] is relu
     model(torch.randn(2, 3)).sum().backward()
     quantizer.decompress()
     assert model.relu is model.blocks[0] is model.blocks[1] is relu
-
-
-def test_tied_weights_stay_tied() -> None:
-    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
-    model[1].weight = model[0].weight
-    quantizer = NaiveQuantizer(model)
-    quantizer.compress()
-    assert len(list(model.parameters())) == 1
-    model(torch.tensor([1, 2])).sum().backward()
-    quantizer.decompress()
-    assert model[1].weight is model[0].weight
-
-
-def test_a_parametrization_of_the_user_is_kept() -> None:
-    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)))
-    quantizer = NaiveQuantizer(model)
-    quantizer.compress()
-    assert len(model[0].parametrizations.weight) == 2
-    model(torch.randn(2, 4)).sum().backward()
-    quantizer.decompress()
-    assert len(model[0].parametrizations.weight) == 1
-    weight = model[0].weight.detach()
-    torch.testing.assert_close(weight @ weight.T, torch.eye(4))
+    assert instrumented(model) == before
 
 
 @pytest.mark.parametrize(
-    ("layer", "axis", "channels"),
+    ("layer", "axis"),
     [
-        (nn.Conv2d(2, 6, 3), 0, 6),
-        (nn.Linear(2, 6), 0, 6),
-        (nn.Embedding(5, 3), 0, 5),
-        (nn.ConvTranspose2d(2, 6, 3), 1, 6),
-        (nn.ConvTranspose1d(4, 4, 3, groups=4), 0, 4),
-        (nn.Bilinear(2, 3, 5), 0, 5),
-        (nn.PReLU(3), 0, 3),
+        (nn.Conv2d(2, 6, 3), 0),
+        (nn.Linear(2, 6), 0),
+        (nn.Embedding(5, 3), 0),
+        (nn.ConvTranspose2d(2, 6, 3), 1),
+        (nn.ConvTranspose1d(4, 4, 3, groups=4), 0),
+        (nn.Bilinear(2, 3, 5), 0),
+        (nn.PReLU(3), 0),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
-def test_per_channel_weights_have_one_scale_per_output_channel(layer: nn.Module, axis: int, channels: int) -> None:
+def test_per_channel_weights_have_one_scale_per_output_channel(layer: nn.Module, axis: int) -> None:
     model = nn.ModuleDict({"layer": layer})
-    config_list = weight_only(quant_scheme="per_channel_symmetric", op_types="default")
-    QAT_Quantizer(model, config_list).compress()
-    quantizer = layer.parametrizations.weight[0]
-    assert (quantizer.axis, quantizer.channels) == (axis, channels)
-    others = [i for i in range(layer.weight.dim()) if i != axis]
-    original = layer.parametrizations.weight.original.detach()
-    largest = original.abs().amax(others) if others else original.abs()
-    torch.testing.assert_close(quantizer.scale, largest / 127)
+    with torch.no_grad():  # channels of very different size, which one scale would not serve
+        sizes = 10.0 ** torch.arange(layer.weight.shape[axis])
+        layer.weight.mul_(sizes.reshape([-1 if i == axis else 1 for i in range(layer.weight.dim())]))
+    QAT_Quantizer(model, [entry("weight", quant_scheme="per_channel_symmetric", op_types="default")]).compress()
+    assert layer.weight_quantizer.axis == axis
+    quantized = layer.weight_quantizer(layer.weight)
+    for channel, original in zip(quantized.unbind(axis), layer.weight.unbind(axis), strict=True):
+        scale = float(original.detach().abs().max() / 127)
+        torch.testing.assert_close(channel, original.detach(), rtol=0, atol=0.5001 * scale)
 
 
-def test_every_default_layer_type_trains() -> None:
-    for layer, args in default_layers():
-        entry = {"quant_types": ["weight", "input", "output"], "quant_bits": 4, "op_types": "default"}
-        quantizer = QAT_Quantizer(layer, [entry])
-        quantizer.compress()
-        layer(*args).sum().backward()
-        gradient = layer.parametrizations.weight.original.grad
-        assert gradient is not None
-        assert gradient.isfinite().all()
-        quantizer.decompress()
+@default_layer
+def test_every_default_layer_type_trains(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+    layer = copy.deepcopy(layer)
+    quantizer = QAT_Quantizer(layer, [entry("weight input output", 4, op_types="default")])
+    quantizer.compress()
+    for _ in range(4):
+        layer.weight.grad = None
+        output = layer(*args)
+        output.sum().backward()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.isfinite().all()
+    assert levels(output) <= 16
+    layer.eval()(*args)  # and no warning of indices, which have no range
+    quantizer.decompress()
 
 
 # Inputs and outputs that are not one tensor
@@ -384,10 +334,9 @@ class Add(nn.Module):
         return left + right * scale
 
 
-def quantized_layer(layer: nn.Module, *quant_types: str) -> nn.Module:
+def quantized_layer(layer: nn.Module, *quant_types: str) -> Any:
     model = nn.ModuleDict({"layer": layer})
-    entry = {"quant_types": list(quant_types), "quant_bits": 2, "op_names": ["layer"]}
-    return QAT_Quantizer(model, [entry]).compress().get_submodule("layer")
+    return QAT_Quantizer(model, [entry(list(quant_types), 2, op_names=["layer"])]).compress().get_submodule("layer")
 
 
 @pytest.mark.parametrize(
@@ -396,16 +345,32 @@ def quantized_layer(layer: nn.Module, *quant_types: str) -> nn.Module:
 def test_each_input_argument_has_its_own_range(call: Callable[..., Tensor]) -> None:
     layer = quantized_layer(Add(), "input")
     left, right = torch.rand(8), torch.rand(8) * 100
-    quantized = call(layer, left, right)
+    assert torch.equal(call(layer, left, right), left + right)
     assert layer.input_quantizer.arguments == ("left", "right")
     assert layer.input_quantizer[0].range.tolist() == [left.min(), left.max()]
     assert layer.input_quantizer[1].range.tolist() == [right.min(), right.max()]
-    assert not torch.equal(quantized, left + right)
+    assert not torch.equal(call(layer, left, right), left + right)
 
 
 def test_arguments_that_are_no_floating_point_tensor_pass() -> None:
     layer = quantized_layer(Add(), "input")
-    assert layer(torch.tensor([1, 2]), 3).tolist() == [4, 5]
+    for _ in range(2):
+        assert layer(torch.tensor([1, 2]), 3).tolist() == [4, 5]
+
+
+def test_arguments_that_are_no_floating_point_tensor_are_no_reason_to_warn() -> None:
+    class AddsThree(Add):
+        def forward(self, left: Tensor, right: Any = 3.0) -> Tensor:
+            return self.add(left, right)
+
+    adding = AddsThree()
+    adding.add = Add()
+    looking_up = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 2))
+    for model, x, names in ((adding, torch.randn(3), ["add"]), (looking_up, torch.tensor([1, 2]), ["0", "1"])):
+        QAT_Quantizer(model, [entry("input", op_names=names)]).compress()
+        for _ in range(4):
+            model(x)
+        model.eval()(x)
 
 
 def test_a_list_of_tensors_as_input_is_refused() -> None:
@@ -436,18 +401,22 @@ def test_the_first_floating_point_tensor_of_an_output_is_quantized(wrap: Callabl
             return wrap(torch.arange(3), x)
 
     x = torch.rand(32)
-    output = quantized_layer(Wrap(), "output")(x)
+    layer = quantized_layer(Wrap(), "output")
+    layer(x)
+    output = layer(x)
     assert type(output) is type(wrap(1, 2))
     ids, values = output.values() if isinstance(output, dict) else output
     assert torch.equal(ids, torch.arange(3))
-    assert len(values.unique()) <= 4
+    assert levels(values) <= 4
 
 
 def test_the_output_of_an_lstm() -> None:
     layer = quantized_layer(nn.LSTM(3, 4), "input", "output")
-    output, (hidden, _) = layer(torch.randn(5, 2, 3))
-    assert len(output.unique()) <= 4
-    assert len(hidden.unique()) > 4
+    x = torch.randn(5, 2, 3)
+    layer(x)
+    output, (hidden, _) = layer(x)
+    assert levels(output) <= 4
+    assert levels(hidden) > 4
 
 
 def test_an_output_without_a_tensor_is_refused() -> None:
@@ -459,248 +428,22 @@ def test_an_output_without_a_tensor_is_refused() -> None:
         quantized_layer(Nothing(), "output")(torch.ones(2))
 
 
-# Training
-
-
-@every_quantizer
-def test_a_compressed_model_trains_with_an_optimizer_built_before(make: Callable[[nn.Module], Quantizer]) -> None:
-    model = models.conv_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    make(model).compress()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    losses = models.train(model, optimizer=optimizer)
-    assert all(torch.isfinite(torch.tensor(losses)))
-    for name, parameter in model.named_parameters():
-        assert not torch.equal(parameter, before[name]), name
-
-
-@every_quantizer
-def test_evaluation_before_training_is_quantized_and_changes_no_buffer(make: Callable[[nn.Module], Quantizer]) -> None:
-    model = models.conv_net()
-    float_output = model.eval()(models.batch()[0])
-    make(model).compress()
-    before = models.buffers(model)
-    output = model.eval()(models.batch()[0])
-    assert output.isfinite().all()
-    assert torch.equal(output, float_output) == (make is delayed_qat)
-    models.assert_same_tensors(models.buffers(model), before)
-
-
-@every_quantizer
-def test_evaluation_never_changes_a_buffer(make: Callable[[nn.Module], Quantizer]) -> None:
-    model = models.conv_net()
-    make(model).compress()
-    models.train(model)
-    before = models.buffers(model)
-    model.eval()(models.batch(99)[0] * 50).sum().backward()
-    models.assert_same_tensors(models.buffers(model), before)
-
-
-def test_steps_are_forwards_in_training_mode() -> None:
-    model = models.conv_net()
-    delayed_qat(model).compress()
-    models.train(model, steps=3)
-    _ = model.fc.weight  # a reader of the weight, such as a regulariser, is no step
-    steps = {name: buffer.item() for name, buffer in model.named_buffers() if name.endswith(".step")}
-    assert set(steps.values()) == {3}
-    assert len(steps) == 6
-
-
-def test_the_delay_trains_as_the_float_network_until_the_start_step() -> None:
-    model, plain = models.conv_net(), models.conv_net()
-    delayed_qat(model, start=3).compress()
-    losses, float_losses = models.train(model, steps=5), models.train(plain, steps=5)
-    assert losses[:3] == float_losses[:3]
-    assert losses[3] != float_losses[3]
-
-
-def test_with_an_optimizer_a_step_is_a_step_of_it() -> None:
-    model = models.conv_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    quantizer = delayed_qat(model, optimizer=optimizer)
-    quantizer.compress()
-
-    def steps() -> set[int]:
-        return {buffer.item() for name, buffer in model.named_buffers() if name.endswith(".step")}
-
-    for _ in range(3):
-        model(models.batch()[0])
-    assert steps() == {0}
-    models.train(model, steps=2, optimizer=optimizer)
-    assert steps() == {2}
-    quantizer.step()
-    assert steps() == {2}
-    quantizer.decompress()
-    assert not optimizer._optimizer_step_post_hooks
-
-
-def test_calling_step_never_counts() -> None:
-    model = models.conv_net()
-    quantizer = delayed_qat(model)
-    quantizer.compress()
-    before = models.buffers(model)
-    quantizer.step()
-    models.assert_same_tensors(models.buffers(model), before)
-
-
-@every_quantizer
-def test_resuming_from_a_checkpoint_repeats_the_losses(make: Callable[[nn.Module], Quantizer]) -> None:
-    model = models.conv_net()
-    make(model).compress()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    models.train(model, 3, optimizer)
-    checkpoint = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint)
-    expected = models.train(model, 3, optimizer, first=3)
-
-    resumed = models.conv_net(seed=7)
-    make(resumed).compress()
-    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.05, momentum=0.9)
-    checkpoint.seek(0)
-    saved = torch.load(checkpoint, weights_only=True)
-    resumed.load_state_dict(saved["model"], strict=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    assert models.train(resumed, 3, optimizer, first=3) == expected
-
-
-@every_quantizer
-def test_a_state_dict_loads_strictly_into_a_freshly_compressed_model(make: Callable[[nn.Module], Quantizer]) -> None:
-    model, fresh = models.conv_net(), models.conv_net(seed=7)
-    make(model).compress()
-    make(fresh).compress()
-    models.train(model)
-    fresh.load_state_dict(model.state_dict(), strict=True)
-    models.assert_same_tensors(fresh.state_dict(), model.state_dict())
-    x = models.batch(5)[0]
-    assert torch.equal(fresh.eval()(x), model.eval()(x))
-
-
-class NoHostRead(TorchDispatchMode):
-    """Fails where a tensor's value is read on the host: item(), bool(), float(), equal(), nonzero()."""
-
-    READS = frozenset(
-        {torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal, torch.ops.aten.nonzero}
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in self.READS:
-            raise AssertionError(f"{func} reads a tensor's value on the host")
-        return func(*args, **(kwargs or {}))
-
-
-class ReadInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        return input.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0] * float(gradients[0].sum())
-
-
-def test_the_guard_against_host_reads_sees_them() -> None:
-    x = torch.ones(3, requires_grad=True)
-    for read in (lambda: x.sum().item(), lambda: bool(x.sum() > 0), lambda: ReadInBackward.apply(x).sum().backward()):
-        with NoHostRead(), pytest.raises(AssertionError, match="reads a tensor's value"):
-            read()
-
-
-@every_quantizer
-def test_a_training_step_reads_no_tensor_value_on_the_host(make: Callable[[nn.Module], Quantizer]) -> None:
-    model = models.conv_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    make(model).compress()
-    with NoHostRead():
-        for seed in range(2):
-            models.train_step(model, optimizer, seed)
-
-
-def test_counting_the_optimizers_steps_reads_no_tensor_value_on_the_host() -> None:
-    model = models.conv_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    delayed_qat(model, optimizer=optimizer).compress()
-    with NoHostRead():
-        models.train_step(model, optimizer)
-
-
-@every_quantizer
-def test_compressing_and_training_need_no_tensor_values_at_all(make: Callable[[nn.Module], Quantizer]) -> None:
-    with FakeTensorMode():
-        model = models.conv_net()
-        make(model).compress()
-        input, target = torch.empty(8, 1, 8, 8), torch.empty(8, dtype=torch.int64)
-        nn.functional.cross_entropy(model(input), target).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@every_quantizer
-def test_autocast_to_bfloat16_trains(make: Callable[[nn.Module], Quantizer]) -> None:
-    model = models.conv_net()
-    make(model).compress()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    input, target = models.batch()
-    for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model(input)
-            loss = nn.functional.cross_entropy(output, target)
-        assert output.dtype == torch.bfloat16
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert loss.isfinite()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("convert_first", [True, False], ids=["before compress", "after compress"])
-@every_quantizer
-def test_models_of_other_dtypes_train(
-    make: Callable[[nn.Module], Quantizer], dtype: torch.dtype, convert_first: bool
-) -> None:
-    model = models.conv_net()
-    if convert_first:
-        model.to(dtype)
-        make(model).compress()
-    else:
-        make(model).compress()
-        model.to(dtype)
-    output = model(models.batch()[0].to(dtype))
-    assert output.dtype == dtype
-    output.sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, FakeQuantize):
-            assert (module.range.dtype, module.scale.dtype) == (torch.float32, torch.float32)
-
-
-def test_channels_last_models_train() -> None:
-    model = models.conv_net().to(memory_format=torch.channels_last)
-    reference = models.conv_net()
-    qat(model).compress()
-    qat(reference).compress()
-    x = models.batch()[0]
-    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), reference(x), rtol=1e-4, atol=1e-2)
-
-
 # Taking it back
 
 
 @every_quantizer
-def test_decompress_gives_the_float_model_back_with_its_trained_weights(make: Callable[[nn.Module], Quantizer]) -> None:
+def test_decompress_gives_the_float_model_back_with_its_trained_weights(make: Make) -> None:
     model = models.conv_net()
-    modules, types = dict(model.named_modules()), {name: type(m) for name, m in model.named_modules()}
     keys, order = list(model.state_dict()), [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())
-    before = [set(vars(module)) for module in model.modules()]
+    before = instrumented(model)
     quantizer = make(model)
     quantizer.compress()
     models.train(model)
     model.eval()
     assert quantizer.decompress() is model
 
-    assert dict(model.named_modules()) == modules
-    assert {name: type(m) for name, m in model.named_modules()} == types
-    assert [set(vars(module)) for module in model.modules()] == before
+    assert instrumented(model) == before
     assert list(model.state_dict()) == keys
     assert [name for name, _ in model.named_parameters()] == order
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
@@ -713,14 +456,16 @@ def test_decompress_gives_the_float_model_back_with_its_trained_weights(make: Ca
 
 
 @every_quantizer
-def test_compress_again_after_decompress(make: Callable[[nn.Module], Quantizer]) -> None:
+def test_compress_again_after_decompress(make: Make) -> None:
     model = models.conv_net()
     quantizer = make(model)
     quantizer.compress()
     keys = list(model.state_dict())
+    models.train(model, steps=1)
     quantizer.decompress()
     quantizer.compress()
     assert list(model.state_dict()) == keys
+    assert model.quantizer_step.item() == 0
     models.train(model, steps=1)
 
 
@@ -733,9 +478,12 @@ def test_compress_twice_is_an_error() -> None:
         RuntimeError, match=r"QAT_Quantizer: expected a float model, but compress\(\) was called before"
     ):
         quantizer.compress()
-    with pytest.raises(RuntimeError, match=r"NaiveQuantizer: .* layer 'conv1' \(Conv2d\) is quantized already"):
+    with pytest.raises(RuntimeError, match=r"NaiveQuantizer: expected a float model, but it is quantized already"):
         naive(model).compress()
+    with pytest.raises(RuntimeError, match=r"NaiveQuantizer: .* its layer '0.conv1' is quantized already"):
+        NaiveQuantizer(nn.Sequential(nn.ModuleDict({"conv1": model.conv1}))).compress()
     assert list(model.state_dict()) == keys
+    assert quantizer.is_compressed
 
 
 def test_decompress_without_compress_is_an_error() -> None:
@@ -745,7 +493,7 @@ def test_decompress_without_compress_is_an_error() -> None:
 
 def test_compress_undoes_what_it_did_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.conv_net()
-    keys, modules = list(model.state_dict()), list(model.modules())
+    keys, before = list(model.state_dict()), instrumented(model)
     quantizer = qat(model)
     build = quantizer.build_quantizer
 
@@ -758,7 +506,7 @@ def test_compress_undoes_what_it_did_when_it_fails(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MemoryError):
         quantizer.compress()
     assert list(model.state_dict()) == keys
-    assert list(model.modules()) == modules
+    assert instrumented(model) == before
     monkeypatch.undo()
     quantizer.compress()
 
@@ -768,14 +516,18 @@ def test_a_model_changed_after_the_quantizer_was_made_is_matched_anew() -> None:
     quantizer = naive(model)
     model.fc = nn.Linear(8 * 4 * 4, 2)
     quantizer.compress()
-    assert parametrize.is_parametrized(model.fc, "weight")
+    assert quantizer.layers[-1].module is model.fc
 
 
 # dummy_input
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: [x]], ids=["tensor", "tuple", "list"])
-def test_dummy_input_runs_the_model_and_changes_nothing(wrap: Callable[[Tensor], Any]) -> None:
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"input": x}],
+    ids=["tensor", "tuple", "list", "dict"],
+)
+def test_dummy_input_sets_the_ranges_and_changes_nothing_else(wrap: Callable[[Tensor], Any]) -> None:
     model, other = models.conv_net(), models.conv_net()
     model.bn1.eval()
     calls = []
@@ -785,21 +537,26 @@ def test_dummy_input_runs_the_model_and_changes_nothing(wrap: Callable[[Tensor],
     assert calls == [False]
     assert model.training
     assert model.relu1.training
+    assert model.relu1.output_quantizer.training
     assert not model.bn1.training
-    models.assert_same_tensors(models.buffers(model), models.buffers(other))
+    for name, buffer in other.named_buffers():
+        observed = name.endswith(".range")
+        assert torch.equal(model.get_buffer(name), buffer) != observed, name
+    model.eval()(models.batch()[0])  # and no warning: every range is there
 
 
 def test_a_dummy_input_that_does_not_fit_leaves_the_float_model() -> None:
     model = models.conv_net()
-    keys = list(model.state_dict())
+    keys, before = list(model.state_dict()), instrumented(model)
     quantizer = qat(model, dummy_input=torch.ones(1, 2, 8, 8))
     with pytest.raises(RuntimeError, match="channels"):
         quantizer.compress()
     assert list(model.state_dict()) == keys
+    assert instrumented(model) == before
     assert model.training
 
 
-# Copies, pickles, compilation
+# Copies and pickles
 
 
 def through_pickle(value: Any) -> Any:
@@ -813,52 +570,87 @@ def through_torch_save(value: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+every_way_to_copy = pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+
+
+@every_way_to_copy
 @every_quantizer
-def test_a_compressed_model_can_be_copied_and_pickled(
-    make: Callable[[nn.Module], Quantizer], duplicate: Callable[[Any], Any]
-) -> None:
+def test_a_compressed_model_can_be_copied_and_pickled(make: Make, duplicate: Callable[[Any], Any]) -> None:
     model = models.conv_net()
     quantizer = make(model)
     quantizer.compress()
     models.train(model)
     twin = duplicate(model)
     models.assert_same_tensors(twin.state_dict(), model.state_dict())
-    assert not {id(t) for t in twin.state_dict(keep_vars=True).values()} & {
-        id(t) for t in model.state_dict(keep_vars=True).values()
-    }
+    own, copied = ({*module.parameters(), *module.buffers()} for module in (model, twin))
+    assert own.isdisjoint(copied)
     assert models.train(twin, first=3) == models.train(model, first=3)
+    models.assert_same_tensors(twin.state_dict(), model.state_dict())
     quantizer.decompress()
     twin.eval()(models.batch()[0])  # the copy stands on its own
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+@every_way_to_copy
 @every_quantizer
-def test_a_quantizer_can_be_copied_and_pickled_with_its_model(
-    make: Callable[[nn.Module], Quantizer], duplicate: Callable[[Any], Any]
-) -> None:
+def test_a_copy_of_a_model_gives_its_quantizer_back(make: Make, duplicate: Callable[[Any], Any]) -> None:
+    model = models.conv_net()
+    quantizer = make(model)
+    quantizer.compress()
+    models.train(model)
+    twin = duplicate(model)
+    found = Quantizer.of(twin)
+    assert type(found) is type(quantizer)
+    assert found is not quantizer
+    assert found.model is twin
+    assert found.is_compressed
+    assert [str(layer) for layer in found.layers] == [str(layer) for layer in quantizer.layers]
+    found.decompress()
+    assert list(twin.state_dict()) == list(models.conv_net().state_dict())
+    assert quantizer.is_compressed
+    assert Quantizer.of(model) is quantizer
+
+
+@every_way_to_copy
+@every_quantizer
+def test_a_quantizer_can_be_copied_and_pickled_with_its_model(make: Make, duplicate: Callable[[Any], Any]) -> None:
     model = models.conv_net()
     quantizer = make(model)
     quantizer.compress()
     models.train(model)
     twin = duplicate(quantizer)
-    keys = list(models.conv_net().state_dict())
-    assert list(twin.decompress().state_dict()) == keys
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.model.modules())
+    assert list(twin.decompress().state_dict()) == list(models.conv_net().state_dict())
     assert type(twin.model.conv1) is nn.Conv2d
     models.train(model)
     quantizer.decompress()
 
 
-def test_a_copied_quantizer_counts_the_steps_of_its_own_optimizer() -> None:
+def test_a_quantizer_is_found_through_wrappers() -> None:
     model = models.conv_net()
-    quantizer = delayed_qat(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+    quantizer = qat(model)
+    with pytest.raises(ValueError, match=r"Quantizer.of: expected `model` to be a compressed model, but got ConvNet"):
+        Quantizer.of(model)
     quantizer.compress()
-    twin = copy.deepcopy(quantizer)
-    assert twin.optimizer is not None
-    models.train(twin.model, steps=2, optimizer=twin.optimizer)
-    assert twin.model.fc.output_quantizer.step.item() == 2
-    assert model.fc.output_quantizer.step.item() == 0
+    assert Quantizer.of(torch.optim.swa_utils.AveragedModel(model)).model is not model
+    assert Quantizer.of(torch.compile(model)) is quantizer
+    quantizer.decompress()
+    with pytest.raises(ValueError, match=r"Quantizer.of: expected"):
+        Quantizer.of(model)
+
+
+@every_way_to_copy
+def test_a_copied_part_of_a_model_stands_on_its_own(duplicate: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.Linear(4, 1000))
+    QAT_Quantizer(
+        model, [entry("weight output", 4, op_types=["Linear"]), entry("output", op_types=["ReLU"])]
+    ).compress()
+    for seed in range(2):
+        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)))
+    head = duplicate(model[0])
+    x = torch.randn(5, 3)
+    assert torch.equal(head.eval()(x), model[0].eval()(x))
+    assert torch.equal(head.train()(x), model[0].train()(x))
+    models.assert_same_tensors(head.state_dict(), model[0].state_dict())
+    assert len(pickle.dumps(head)) < 10000  # and brings no hidden copy of the model with it
 
 
 def test_a_pickled_model_runs_in_another_process(tmp_path: Path) -> None:
@@ -872,43 +664,29 @@ def test_a_pickled_model_runs_in_another_process(tmp_path: Path) -> None:
         "saved = torch.load(sys.argv[1], weights_only=False)\n"
         "import models\n"
         "assert torch.equal(saved['model'](models.batch()[0]), saved['output'])\n"
-        # hook ids start anew in a process: the user's must not displace the quantizer's
-        "before = len(saved['model'].fc._forward_hooks)\n"
-        "for _ in range(50):\n"
-        "    saved['model'].fc.register_forward_hook(lambda *a: None)\n"
-        "assert len(saved['model'].fc._forward_hooks) == before + 50\n"
         "models.train(saved['model'].train())\n"
+        "import quantkernels\n"
+        "quantizer = quantkernels.Quantizer.of(saved['model'])\n"
+        "assert list(quantizer.decompress().state_dict()) == list(models.conv_net().state_dict())\n"
     )
     tests = Path(__file__).parent
     environment = {"PYTHONPATH": f"{tests}:{tests.parent}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "model.pt")], check=True, env=environment)
 
 
-def losses_of(model: nn.Module, backend: str | None) -> list[float]:
-    """The losses of three steps, compiled as one graph where a backend is given."""
-    torch.compiler.reset()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    forward = None if backend is None else torch.compile(model, fullgraph=True, backend=backend)
-    return [models.train_step(model, optimizer, seed, forward).item() for seed in range(3)]
+# What compress() costs
 
 
-@every_quantizer
-def test_a_compressed_model_compiles_as_one_graph_and_trains(make: Callable[[nn.Module], Quantizer]) -> None:
-    compiled, eager = models.conv_net(), models.conv_net()
-    make(compiled).compress()
-    make(eager).compress()
-    assert losses_of(compiled, "aot_eager") == losses_of(eager, None)
-    models.assert_same_tensors(compiled.state_dict(), eager.state_dict())
+def test_compress_is_linear_in_the_number_of_modules() -> None:
+    def seconds(pairs: int) -> float:
+        import time
 
+        model = nn.Sequential(*(module for _ in range(pairs) for module in (nn.Linear(1, 1), nn.ReLU())))
+        quantizer = QAT_Quantizer(model, [entry("weight", op_types="default"), entry("output", op_types=["ReLU"])])
+        start = time.process_time()
+        quantizer.compress()
+        return time.process_time() - start
 
-def test_a_compressed_model_trains_under_inductor() -> None:
-    models_of_both = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(inplace=True), nn.Linear(16, models.CLASSES))
-        entry = {"quant_types": ["weight", "output"], "quant_bits": 8, "op_types": ["Linear"]}
-        QAT_Quantizer(model, [entry, {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU"]}]).compress()
-        models_of_both.append(model)
-    # inductor may sum in another order, which can move a value across a rounding tie
-    assert losses_of(models_of_both[0], "inductor") == pytest.approx(losses_of(models_of_both[1], None), rel=0.02)
-    assert models_of_both[0][2].step.item() == 3
+    few, many = min(seconds(250) for _ in range(3)), seconds(1000)
+    print(f"compress(): {few:.3f} s for 250 Linear + 250 ReLU, {many:.3f} s for 1000 of each")
+    assert many < 8 * few  # four times as many; quadratic work would take sixteen times as long

@@ -84,8 +84,12 @@ void dorefa_weight_typed(const DoReFaWeightJob& job, int64_t begin, int64_t end)
     };
     return map_vectors<Store::kCached>(begin, end, y, element, x);
   }
+  if (statistic == T(0)) {  // no grid of an odd number of steps has a zero, but a layer of zeros stays one
+    std::fill(y + begin, y + end, round_to<S, T>(T(0)));
+    return;
+  }
   const Levels<T> levels = make_levels<T>(job.bits);
-  const T twice_largest = statistic == T(0) ? T(1) : T(2) * statistic;
+  const T twice_largest = T(2) * statistic;
   const auto element = [=](auto w) QK_INLINE_LAMBDA {
     using V = decltype(w);
     return dorefa_weight_element<kHasFusedMultiplyAdd<T>>(w, V::broadcast(twice_largest), broadcast<V>(levels),

@@ -22,7 +22,7 @@ constexpr int kNoiseVectors = 2 * kBlockVectors;
 class NoiseSource {
  public:
   explicit NoiseSource(const DoReFaGradientJob& job)
-      : key_(philox_key(job.rng_state[0])), step_(job.rng_state[1]), stream_(philox_counter(0, step_), key_) {}
+      : key_(philox_key(job.rng_state[0], job.stream)), step_(job.rng_state[1]), stream_(philox_counter(0, step_), key_) {}
 
   // Those of the kNoiseElements elements from `first`, a multiple of that, on. Meanwhile calls between(v) for every
   // vector v of as many elements: other work in the gaps of the rounds.

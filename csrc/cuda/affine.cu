@@ -1,41 +1,73 @@
 // Implements AffineJob and StraightThroughJob of run_cuda.h.
 #include "affine.cuh"
+#include "extrema.cuh"
 #include "run_cuda.h"
 
 namespace qk::cuda {
 namespace {
 
-bool needs_table(const AffineJob& job) { return job.view.channels > kSharedChannels && job.view.numel() > 0; }
+// Observes the channels of a job in a pass of its own, which several of them are seldom worth more than.
+template <class T>
+struct WidenPending {
+  AffineJob job;
+
+  __device__ __forceinline__ void operator()(int64_t channel, const Extrema<T>& extrema) const {
+    const Range range = clamped_range(job, extrema.min, extrema.max);
+    combine_into(job.pending[channel], job.pending[job.view.channels + channel], range.min, range.max);
+  }
+};
+
+bool observes_channels(const AffineJob& job) { return job.pending != nullptr && job.view.channels > 1; }
+
+// What a job of several channels works with.
+template <class S>
+struct AffineWorkspace {
+  AffineGrid<Compute<S>>* table = nullptr;
+  ReductionPlan plan;
+  ReductionWorkspace<Compute<S>> reduction;
+
+  AffineWorkspace(WorkspaceLayout& layout, const AffineJob& job)
+      : plan(observes_channels(job) ? plan_reduction<S>(job.input, job.view) : ReductionPlan{}),
+        reduction(layout, plan) {
+    if (job.view.channels > kSharedChannels) table = layout.take<AffineGrid<Compute<S>>>(job.view.channels);
+  }
+};
+
+template <class S>
+cudaError_t run_quantizer(const AffineJob& job, const AffineWorkspace<S>& workspace, Stream stream) {
+  if (observes_channels(job)) {
+    const cudaError_t error =
+        launch_reduction<S>(job.input, workspace.plan, workspace.reduction, WidenPending<Compute<S>>{job}, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (workspace.table != nullptr) {
+    unsigned blocks = 0;
+    cudaError_t error = grid_stride_blocks(channel_grids_kernel<S>, kBlockThreads, job.view.channels, &blocks);
+    if (error == cudaSuccess) {
+      error = launch(channel_grids_kernel<S>, blocks, kBlockThreads, stream, job, workspace.table);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return launch_quantizer<S>(job, workspace.table, stream);
+}
 
 }  // namespace
 
-cudaError_t launch_fake_quantize(const AffineJob& job, const void* table, int64_t* step, Stream stream) {
-  return dispatch_storage(job.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    using T = Compute<S>;
-    return launch_quantizer<S>(job, GivenGrids<T>{static_cast<const AffineGrid<T>*>(table), step}, stream);
-  });
-}
-
 size_t workspace_bytes(const AffineJob& job) {
-  if (!needs_table(job)) return 0;
+  if (job.view.numel() == 0) return 0;
   return dispatch_storage(job.dtype, [&](auto storage) {
-    return static_cast<size_t>(job.view.channels) * sizeof(AffineGrid<Compute<decltype(storage)>>);
+    WorkspaceLayout layout(nullptr);
+    AffineWorkspace<decltype(storage)>(layout, job);
+    return layout.bytes();
   });
 }
 
 cudaError_t run(const AffineJob& job, void* workspace, cudaStream_t stream) {
   if (job.view.numel() == 0) return cudaSuccess;
-  if (!needs_table(job)) return launch_fake_quantize(job, nullptr, nullptr, stream);
-  const cudaError_t error = dispatch_storage(job.dtype, [&](auto storage) {
-    using T = Compute<decltype(storage)>;
-    unsigned blocks = 0;
-    const cudaError_t failed = grid_stride_blocks(channel_grids_kernel<T>, kBlockThreads, job.view.channels, &blocks);
-    if (failed != cudaSuccess) return failed;
-    return launch(channel_grids_kernel<T>, blocks, kBlockThreads, stream, job, static_cast<AffineGrid<T>*>(workspace));
+  return dispatch_storage(job.dtype, [&](auto storage) {
+    WorkspaceLayout layout(workspace);
+    return run_quantizer(job, AffineWorkspace<decltype(storage)>(layout, job), stream);
   });
-  if (error != cudaSuccess) return error;
-  return launch_fake_quantize(job, workspace, nullptr, stream);
 }
 
 size_t workspace_bytes(const StraightThroughJob&) { return 0; }

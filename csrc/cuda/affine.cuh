@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../numerics/channel.h"
+#include "block_reduce.cuh"
 #include "storage.cuh"
 
 namespace qk::cuda {
@@ -20,41 +21,46 @@ constexpr int kTensorChunk = kAligned && sizeof(S) == 4 ? kPackElements<S> : kCh
 template <class T>
 constexpr bool kMayDivide = std::is_same_v<T, float>;
 
-template <AffineMode mode, class S, bool kAligned>
+// Widens `seen` by what the thread reads, if it observes. As float32, which pending extrema are: rounding is monotonic.
+template <AffineMode mode, bool kObserves, class S, bool kAligned>
 __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t numel,
-                                               const AffineConstants<Compute<S>>& constants) {
+                                               const AffineConstants<Compute<S>>& constants, Extrema<float>& seen) {
   for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
+    const S* const input = static_cast<const S*>(job.input);
+    const S seen_anyway = kObserves ? input[first] : S{};
     quantize_pack<kTensorChunk<S, kAligned>, kTensorChunk<S, kAligned>, kAligned>(
-        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel,
-        [&](Compute<S> x, bool& passes) {
+        input, static_cast<S*>(job.output), job.mask, first, numel, seen_anyway, [&](Compute<S> x, bool& passes) {
+          if constexpr (kObserves) seen.combine(static_cast<float>(x), static_cast<float>(x));
           passes = gradient_passes(x, constants);
-          return fake_quantize_element<mode>(x, constants);
+          return fake_quantize_element<mode, S>(x, constants);
         });
   });
 }
 
 // The whole tensor on one grid.
-template <class S, bool kAligned>
-__device__ __forceinline__ void quantize_tensor(const AffineJob& job, int64_t numel,
-                                                const AffineGrid<Compute<S>>& grid) {
+template <bool kObserves, class S, bool kAligned>
+__device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, int64_t numel,
+                                                          const AffineGrid<Compute<S>>& grid) {
+  Extrema<float> seen = Extrema<float>::empty();
   if (grid.mode == AffineMode::kPassThrough) {
-    quantize_packs<AffineMode::kPassThrough, S, kAligned>(job, numel, grid.constants);
+    quantize_packs<AffineMode::kPassThrough, kObserves, S, kAligned>(job, numel, grid.constants, seen);
   } else if (kMayDivide<Compute<S>> && grid.mode == AffineMode::kDivide) {
-    quantize_packs<AffineMode::kDivide, S, kAligned>(job, numel, grid.constants);
+    quantize_packs<AffineMode::kDivide, kObserves, S, kAligned>(job, numel, grid.constants, seen);
   } else {
-    quantize_packs<AffineMode::kReciprocal, S, kAligned>(job, numel, grid.constants);
+    quantize_packs<AffineMode::kReciprocal, kObserves, S, kAligned>(job, numel, grid.constants, seen);
   }
+  return seen;
 }
 
-template <class T>
+template <class S, class T = Compute<S>>
 __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
   if (grid.mode == AffineMode::kPassThrough) {
-    return fake_quantize_element<AffineMode::kPassThrough>(x, grid.constants);
+    return fake_quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
   }
   if (kMayDivide<T> && grid.mode == AffineMode::kDivide) {
-    return fake_quantize_element<AffineMode::kDivide>(x, grid.constants);
+    return fake_quantize_element<AffineMode::kDivide, S>(x, grid.constants);
   }
-  return fake_quantize_element<AffineMode::kReciprocal>(x, grid.constants);
+  return fake_quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
 }
 
 // Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
@@ -73,7 +79,7 @@ __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t 
     int left = in_segment < kPast ? static_cast<int>(in_segment) : kPast;
     const AffineGrid<Compute<S>>* grid = grids + segment % job.view.channels;
     quantize_pack<kChunkElements<S, kAligned>, kChannelsPart<S, kAligned, kMixed>, kAligned>(
-        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel,
+        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
         [&](Compute<S> x, bool& passes) {
           if (kMixed && left == 0) {
             ++grid;
@@ -82,76 +88,74 @@ __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t 
           }
           --left;
           passes = gradient_passes(x, grid->constants);
-          return quantize_by_mode(x, *grid);
+          return quantize_by_mode<S>(x, *grid);
         });
   });
 }
 
-// For the last kernel of a job, when no thread of it reads the step.
-__device__ __forceinline__ void advance_once(int64_t* step) {
-  if (step != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*step;
-}
-
-// Where a kernel has its grids from: a function of the job and of shared memory of the block, called by every thread,
-// that returns them. This one has them in `table`, or if that is null computes them from the job's scale and zero
-// point, for up to kSharedChannels channels. With a table, `step` is advanced unless it is null.
-template <class T>
-struct GivenGrids {
-  const AffineGrid<T>* table;
-  int64_t* step;
-
-  __device__ __forceinline__ const AffineGrid<T>* operator()(const AffineJob& job, AffineGrid<T>* block_grids) const {
-    if (table != nullptr) {
-      advance_once(step);
-      return table;
-    }
-    if (threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<T>(job, threadIdx.x);
-    __syncthreads();
-    return block_grids;
+// Into a float that other blocks combine with too, in any order.
+template <class Combine>
+__device__ __forceinline__ void atomic_combine(float* address, float value, const Combine& combine) {
+  unsigned* const word = reinterpret_cast<unsigned*>(address);
+  for (unsigned seen = atomicOr(word, 0u);;) {
+    const unsigned combined = bit_cast<unsigned>(combine(bit_cast<float>(seen), value));
+    if (combined == seen) return;
+    const unsigned found = atomicCAS(word, seen, combined);
+    if (found == seen) return;
+    seen = found;
   }
-};
+}
 
-template <class S, bool kAligned, class Grids>
-__global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob job, int64_t numel, Grids grids) {
+template <class S, bool kAligned, bool kObserves>
+__global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob job, int64_t numel) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
-  grids(job, block_grid);  // which returns it: tables are for more than one channel
-  quantize_tensor<S, kAligned>(job, numel, block_grid[0]);
+  if (threadIdx.x == 0) block_grid[0] = channel_grid<S>(job, 0);
+  __syncthreads();
+  const Extrema<float> of_thread = quantize_tensor<kObserves, S, kAligned>(job, numel, block_grid[0]);
+  if constexpr (!kObserves) return;
+  const Extrema<float> of_block = block_extrema(of_thread);
+  if (threadIdx.x != 0) return;
+  const Range range = clamped_range(job, of_block.min, of_block.max);
+  atomic_combine(job.pending, range.min, [](float a, float b) { return minimum_or_nan(a, b); });
+  atomic_combine(job.pending + 1, range.max, [](float a, float b) { return maximum_or_nan(a, b); });
 }
 
-template <class S, bool kAligned, bool kMixed, class Grids>
-__global__ void __maxnreg__(kMaxRegisters) fake_quantize_channels_kernel(AffineJob job, int64_t numel, Grids grids) {
+// `table` is null for up to kSharedChannels channels.
+template <class S, bool kAligned, bool kMixed>
+__global__ void __maxnreg__(kMaxRegisters)
+    fake_quantize_channels_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* table) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grids, kSharedChannels);
-  quantize_channels<S, kAligned, kMixed>(job, numel, grids(job, block_grids));
+  if (table == nullptr && threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<S>(job, threadIdx.x);
+  __syncthreads();
+  quantize_channels<S, kAligned, kMixed>(job, numel, table == nullptr ? block_grids : table);
 }
 
-// For a job of at least one element.
-template <class S, class Grids>
-cudaError_t launch_quantizer(const AffineJob& job, const Grids& grids, Stream stream) {
+// For a job of at least one element. Observes only where there is one channel.
+template <class S>
+cudaError_t launch_quantizer(const AffineJob& job, const AffineGrid<Compute<S>>* table, Stream stream) {
   const int64_t numel = job.view.numel();
   const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
   return dispatch_bool(aligned, [&](auto is_aligned_type) {
     constexpr bool kAligned = decltype(is_aligned_type)::value;
     if (job.view.channels == 1) {
-      return launch_over_packs<kPackElements<S>>(numel, stream, fake_quantize_tensor_kernel<S, kAligned, Grids>, job,
-                                                 numel, grids);
+      return dispatch_bool(job.pending != nullptr, [&](auto observes_type) {
+        return launch_over_packs<kPackElements<S>>(
+            numel, stream, fake_quantize_tensor_kernel<S, kAligned, decltype(observes_type)::value>, job, numel);
+      });
     }
     return dispatch_bool(job.view.inner % kPackElements<S> != 0, [&](auto is_mixed_type) {
       return launch_over_packs<kPackElements<S>>(
-          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value, Grids>, job, numel,
-          grids);
+          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value>, job, numel, table);
     });
   });
 }
 
-template <class T>
-__global__ void __launch_bounds__(kBlockThreads) channel_grids_kernel(AffineJob job, AffineGrid<T>* grids) {
+template <class S>
+__global__ void __launch_bounds__(kBlockThreads) channel_grids_kernel(AffineJob job, AffineGrid<Compute<S>>* grids) {
   const int64_t stride = int64_t{gridDim.x} * kBlockThreads;
   int64_t channel = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
-  for (; channel < job.view.channels; channel += stride) grids[channel] = channel_grid<T>(job, channel);
+  for (; channel < job.view.channels; channel += stride) grids[channel] = channel_grid<S>(job, channel);
 }
-
-// The quantization of a job of at least one element; `table` (of the job's compute type) and `step` as in GivenGrids.
-cudaError_t launch_fake_quantize(const AffineJob& job, const void* table, int64_t* step, Stream stream);
 
 // U has the size of an element.
 template <class U, bool kAligned>

@@ -40,8 +40,7 @@ cudaError_t launch_largest_tanh(const DoReFaWeightJob& job, void* workspace, Str
   WorkspaceLayout layout(workspace);
   const ReductionWorkspace<Compute<S>> reduction(layout, plan);
   const StoreLargestTanh<Compute<S>> finish{static_cast<Compute<S>*>(job.statistic)};
-  return dispatch_row_mapping<S>(
-      plan, [&](auto mapping) { return launch_extrema<S>(mapping, job.input, plan, reduction, finish, stream); });
+  return launch_reduction<S>(job.input, plan, reduction, finish, stream);
 }
 
 }  // namespace
@@ -131,9 +130,7 @@ cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stre
     WorkspaceLayout layout(workspace);
     const GradientWorkspace<S> space(layout, plan);
     const StoreLargestMagnitude<Compute<S>> finish{space.largest, job.rng_state, space.drawn_step};
-    const cudaError_t error = dispatch_mapping<S>(plan, [&](auto mapping) {
-      return launch_extrema<S>(mapping, job.grad_output, plan, space.reduction, finish, stream);
-    });
+    const cudaError_t error = launch_reduction<S>(job.grad_output, plan, space.reduction, finish, stream);
     if (error != cudaSuccess) return error;
     const bool is_aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.grad_input);
     return dispatch_bool(is_aligned, [&](auto aligned) {

@@ -22,7 +22,7 @@ struct DoReFaActivation {
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
     quantize_pack<kChunkElements<S, kAligned>, kChunkElements<S, kAligned>, kAligned>(
-        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, job.numel,
+        static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, job.numel, S{},
         [&](T x, bool& passes) {
           passes = x >= T(0) && x <= T(1);
           return dorefa_activation_element<kReciprocal>(x, levels, T(1), T(0));
@@ -146,13 +146,14 @@ struct DoReFaWeight {
     constexpr int N = kChunkElements<S, kAligned>;
     using T = Compute<S>;
     const T largest = *static_cast<const T*>(job.statistic);
-    const T twice_largest = largest == T(0) ? T(1) : T(2) * largest;
+    const T twice_largest = T(2) * largest;
 #pragma unroll 1
     for (int at = 0; at < kElements; at += N) {
       Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        w[i] = narrow<S>(dorefa_weight_element<kReciprocal>(widen(w[i]), twice_largest, levels, T(1), T(0.5)));
+        const T quantized = dorefa_weight_element<kReciprocal>(widen(w[i]), twice_largest, levels, T(1), T(0.5));
+        w[i] = narrow<S>(largest == T(0) ? T(0) : quantized);
       }
       store_vector<N, kAligned>(static_cast<S*>(job.output), first + at, job.numel, w);
     }
@@ -289,7 +290,7 @@ struct DoReFaGradient {
 
  private:
   __device__ __forceinline__ Vector<uint32_t, kNoiseElements> draw(int64_t block) const {
-    const PhiloxBlock words = philox4x32(philox_counter(block, *drawn_step), philox_key(job.rng_state[0]));
+    const PhiloxBlock words = philox4x32(philox_counter(block, *drawn_step), philox_key(job.rng_state[0], job.stream));
     return {{words.word[0], words.word[1], words.word[2], words.word[3]}};
   }
 };

@@ -1,7 +1,6 @@
-// Owns the minimum-maximum reduction over [outer, channels, inner] tensors: blocks reduce slices of a channel, and
-// either the last block of a channel to arrive combines them and hands the result to a finishing operation, in one
-// launch; or every block of the next launch combines what it needs. Minimum and maximum are exact, so the partition
-// cannot show in a result.
+// Owns the minimum-maximum reduction over [outer, channels, inner] tensors: blocks reduce slices of a channel, and the
+// last block of a channel to arrive combines them and hands the result to a finishing operation, in one launch. Minimum
+// and maximum are exact, so the partition cannot show in a result.
 #pragma once
 
 #include "block_reduce.cuh"
@@ -22,7 +21,7 @@ struct ReductionPlan {
   bool is_vectorised;  // by row: a unit is a 16-byte vector, else one element
 };
 
-constexpr int64_t kMaxItems = 1024;  // more than the largest devices hold blocks
+constexpr int64_t kMaxItems = 1024;  // about what the largest devices hold: an H100 1056 blocks, a B200 1184
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kLongestColumnRun = 64;
 
@@ -202,19 +201,6 @@ struct ByColumn {
   }
 };
 
-// The extrema of every slice, into `partials`.
-template <class Mapping, class S>
-__device__ __forceinline__ void reduce_slices(const S* input, const ReductionPlan& plan,
-                                              Extrema<Compute<S>>* partials) {
-  for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
-    const int64_t group = item / plan.slices;
-    const int64_t slice = item % plan.slices;
-    const Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
-    const int64_t channel = Mapping::owned_channel(plan, group);
-    if (channel >= 0) partials[partial_index(plan, channel, slice)] = extrema;
-  }
-}
-
 // finish(channel, extrema) is called once per channel. `counters` holds a zero per group; it and `partials`, with
 // channels * slices elements, are used only with several slices.
 template <class S, class Mapping, class Finish>
@@ -248,35 +234,24 @@ struct ReductionWorkspace {
 
 // f(Mapping{}) with the plan's.
 template <class S, class F>
-cudaError_t dispatch_row_mapping(const ReductionPlan& plan, const F& f) {
+cudaError_t dispatch_mapping(const ReductionPlan& plan, const F& f) {
+  if (plan.by_column) return f(ByColumn{});
   return plan.is_vectorised ? f(ByRow<kAccessElements<S>>{}) : f(ByRow<1>{});
 }
-template <class S, class F>
-cudaError_t dispatch_mapping(const ReductionPlan& plan, const F& f) {
-  return plan.by_column ? f(ByColumn{}) : dispatch_row_mapping<S>(plan, f);
-}
 
-template <class S, class Mapping, class Finish>
-cudaError_t launch_extrema(Mapping, const void* input, const ReductionPlan& plan,
-                           const ReductionWorkspace<Compute<S>>& workspace, const Finish& finish, Stream stream) {
+// finish(channel, extrema) for every channel.
+template <class S, class Finish>
+cudaError_t launch_reduction(const void* input, const ReductionPlan& plan,
+                             const ReductionWorkspace<Compute<S>>& workspace, const Finish& finish, Stream stream) {
   if (plan.slices > 1) {
     const size_t bytes = static_cast<size_t>(plan.groups) * sizeof(unsigned);
     const cudaError_t error = cudaMemsetAsync(workspace.counters, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
-  return launch(extrema_kernel<S, Mapping, Finish>, item_blocks(plan), kBlockThreads, stream,
-                static_cast<const S*>(input), plan, workspace.partials, workspace.counters, finish);
+  return dispatch_mapping<S>(plan, [&](auto mapping) {
+    return launch(extrema_kernel<S, decltype(mapping), Finish>, item_blocks(plan), kBlockThreads, stream,
+                  static_cast<const S*>(input), plan, workspace.partials, workspace.counters, finish);
+  });
 }
-
-template <class S>
-struct StoreExtrema {
-  S* min;
-  S* max;
-
-  __device__ __forceinline__ void operator()(int64_t channel, Extrema<Compute<S>> extrema) const {
-    min[channel] = narrow<S>(extrema.min);
-    max[channel] = narrow<S>(extrema.max);
-  }
-};
 
 }  // namespace qk::cuda

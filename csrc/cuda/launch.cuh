@@ -4,6 +4,8 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
+#include <vector>
 
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
@@ -71,20 +73,40 @@ __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sy
 using simt::grid_sync;
 #endif
 
-// Stores in `blocks` how many blocks of `block_threads` threads the current device holds at once.
 template <class... Parameters>
-cudaError_t resident_blocks(void (*kernel)(Parameters...), int block_threads, int* blocks) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
+cudaError_t query_resident_blocks(void (*kernel)(Parameters...), int block_threads, int device, int* blocks) {
   int multiprocessors = 0;
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   int blocks_per_multiprocessor = 0;
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, block_threads, 0);
   if (error != cudaSuccess) return error;
   *blocks = multiprocessors * blocks_per_multiprocessor;
   return cudaSuccess;
+}
+
+// Stores in `blocks` how many blocks of `block_threads` threads the current device holds at once. Asked of CUDA once
+// per kernel and device: the answer never changes, and the queries take a microsecond.
+template <class... Parameters>
+cudaError_t resident_blocks(void (*kernel)(Parameters...), int block_threads, int* blocks) {
+  struct Answer {
+    void (*kernel)(Parameters...);
+    int block_threads, device, blocks;
+  };
+  static std::mutex mutex;
+  static std::vector<Answer> answers;  // of the few kernels that take these parameters
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Answer& known : answers) {
+    if (known.kernel != kernel || known.block_threads != block_threads || known.device != device) continue;
+    *blocks = known.blocks;
+    return cudaSuccess;
+  }
+  error = query_resident_blocks(kernel, block_threads, device, blocks);
+  if (error == cudaSuccess) answers.push_back({kernel, block_threads, device, *blocks});
+  return error;
 }
 
 // Stores in `blocks` the size of a grid-stride grid: a thread for each of `work_items` > 0, and no more blocks than fit

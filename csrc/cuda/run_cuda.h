@@ -18,18 +18,22 @@
 namespace qk::cuda {
 
 cudaError_t run(const AffineJob& job, void* workspace, cudaStream_t stream);
-cudaError_t run(const ObserveJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const StraightThroughJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const ExtremaJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const RangeJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const BeginStepJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const EndStepJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaWeightJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaWeightGradientJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaActivationJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stream);
 
 size_t workspace_bytes(const AffineJob& job);
-size_t workspace_bytes(const ObserveJob& job);
 size_t workspace_bytes(const StraightThroughJob& job);
 size_t workspace_bytes(const ExtremaJob& job);
+size_t workspace_bytes(const RangeJob& job);
+size_t workspace_bytes(const BeginStepJob& job);
+size_t workspace_bytes(const EndStepJob& job);
 size_t workspace_bytes(const DoReFaWeightJob& job);
 size_t workspace_bytes(const DoReFaWeightGradientJob& job);
 size_t workspace_bytes(const DoReFaActivationJob& job);

@@ -92,15 +92,15 @@ __device__ __forceinline__ void store_mask(uint8_t* mask, int64_t first, int cou
 }
 
 // One pack of a quantizer with a mask: y = quantize(x, passes) for each element. A pack is loaded and stored in chunks
-// of kChunk elements and computed in parts of kPart, which bound the registers.
+// of kChunk elements and computed in parts of kPart, which bound the registers. Beyond the last element x is `fill`.
 template <int kChunk, int kPart, bool kAligned, class S, class Quantize>
 __device__ __forceinline__ void quantize_pack(const S* input, S* output, uint8_t* mask, int64_t first, int64_t numel,
-                                              const Quantize& quantize) {
+                                              S fill, const Quantize& quantize) {
   constexpr int N = kPackElements<S>;
   unsigned bits = 0;
 #pragma unroll 1
   for (int at = 0; at < N; at += kChunk) {
-    Vector<S, kChunk> chunk = load_vector<kChunk, kAligned>(input, first + at, numel);
+    Vector<S, kChunk> chunk = load_vector<kChunk, kAligned>(input, first + at, numel, fill);
 #pragma unroll 1
     for (int part = 0; part < kChunk; part += kPart) {
       bits >>= kPart;

@@ -22,8 +22,9 @@ QK_INLINE QuantizationParameters channel_parameters(const AffineJob& job, int64_
     const Range range = range_of(job.range, job.view.channels, channel);
     return choose_parameters(range.min, range.max, job.quant_min, job.quant_max, job.symmetric);
   }
-  const int32_t zero_point = job.zero_point[channel];
-  return {job.scale[channel], zero_point < job.quant_min   ? job.quant_min
+  const float scale = job.scale != nullptr ? job.scale[channel] : job.scale_number;
+  const int32_t zero_point = job.zero_point != nullptr ? job.zero_point[channel] : job.zero_point_number;
+  return {scale, zero_point < job.quant_min   ? job.quant_min
                               : zero_point > job.quant_max ? job.quant_max
                                                            : zero_point};
 }

@@ -46,7 +46,7 @@ QK_INLINE V dorefa_sign_element(V w, V mean, V zero) {
   return select_less(w, zero, zero - mean, mean);
 }
 
-// `twice_largest` is 2 max|tanh w|; a weight of zeros has 1 there, so that the quotient is 0.
+// `twice_largest` is 2 max|tanh w|. Not for a weight of zeros, which stays zero.
 template <bool reciprocal, class V>
 QK_INLINE V dorefa_weight_element(V w, V twice_largest, const Levels<V>& levels, V one, V half) {
   const V q = round_to_levels<reciprocal>(hyperbolic_tangent(w) / twice_largest + half, levels);

@@ -107,6 +107,12 @@ QK_INLINE PhiloxKey philox_key(int64_t seed) {
   return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)}};
 }
 
+// Of one of many independent streams: each adds an odd constant to the key, 2^64 over the golden ratio, so that streams of
+// neighbouring seeds do not meet.
+QK_INLINE PhiloxKey philox_key(int64_t seed, int64_t stream) {
+  return philox_key(static_cast<int64_t>(static_cast<uint64_t>(seed) + static_cast<uint64_t>(stream) * 0x9e3779b97f4a7c15u));
+}
+
 // Four elements share a block; both counters are 64 bits, low word first.
 QK_INLINE PhiloxBlock philox_counter(int64_t block, int64_t step) {
   return {{static_cast<uint32_t>(block), static_cast<uint32_t>(static_cast<uint64_t>(block) >> 32),

@@ -83,7 +83,7 @@ Tensor dorefa_activation_(const Tensor& input, int64_t bits) {
 }
 
 template <class Backend>
-Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64_t bits) {
+Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64_t bits, int64_t stream) {
   constexpr const char* kOp = "dorefa_gradient";
   check_same_device(kOp, "rng_state", rng_state, grad_output);
   DoReFaGradientJob job{};
@@ -103,6 +103,7 @@ Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64
   job.samples = grad_output.dim() > 0 ? grad_output.sizes()[0] : 1;
   job.inner = job.samples > 0 ? grad_output.numel() / job.samples : 0;
   job.rng_state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
+  job.stream = stream;
   Backend::run(job, grad_output);
   Dense result(grad_input, layout);
   return result.is_copy() ? result.take_copy() : std::move(grad_input);

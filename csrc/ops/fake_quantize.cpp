@@ -130,10 +130,9 @@ Prepared quantize_number(const char* op, const Tensor& input, double scale, int6
   check_quantization(op, q);
   check_numbers(op, scale, zero_point, q.quant_min, q.quant_max);
   Prepared p = prepare(input, in_place);
-  const typename Backend::Parameters parameters(scale, zero_point, input);
   AffineJob job = affine_job(p, dtype, q, std::nullopt);
-  job.scale = parameters.scale_pointer();
-  job.zero_point = parameters.zero_point_pointer();
+  job.scale_number = static_cast<float>(scale);
+  job.zero_point_number = static_cast<int32_t>(zero_point);
   Backend::run(job, input);
   return p;
 }

@@ -12,12 +12,25 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+// From torch 2.13 on; null in an older one.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace qk::ops {
+
+// Throws what torch says of a call that failed. Before 2.13 torch tells nobody: it writes to stderr.
+inline void check_torch(AOTITorchError error) {
+  if (error == TORCH_SUCCESS) return;
+  const bool tells = torch_exception_get_what_without_backtrace != nullptr;
+  throw std::runtime_error(std::string("quantkernels: ") + (tells ? torch_exception_get_what_without_backtrace()
+                                                                  : "a call of torch failed, see stderr"));
+}
 
 // Sole owner of a handle, or empty. All but the pointers is as in at::Tensor.
 class Tensor {
@@ -53,7 +66,7 @@ class Tensor {
   template <class T>
   T ask(AOTITorchError (*question)(AtenTensorHandle, T*)) const {
     T answer{};
-    STABLE_TORCH_ERROR_CODE_CHECK(question(get(), &answer));
+    check_torch(question(get(), &answer));
     return answer;
   }
 
@@ -64,8 +77,7 @@ class Tensor {
 inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
                             int32_t dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
+  check_torch(aoti_torch_empty_strided(dims, sizes, strides, dtype, like.device_type(), like.device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -76,11 +88,7 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
 }
 
 inline void copy_into(const Tensor& target, const Tensor& source) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(target.get(), source.get(), 0));
-}
-
-inline void fill(const Tensor& target, double value) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_fill__Scalar(target.get(), value));
+  check_torch(aoti_torch_copy_(target.get(), source.get(), 0));
 }
 
 // The kernel of a function of tensors and numbers that returns nothing, a tensor or a tuple of them: it takes the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkernels import functional
@@ -86,6 +87,7 @@ class DoReFaGradient(nn.Module):
 
     The first axis is the batch: each sample's gradient has its own scale. Rounding is stochastic. The noise depends on
     the seed and on the number of backward passes so far, both of which are in the state_dict: a resumed run repeats.
+    The processes of torch.distributed share them, but each draws other noise.
 
     Args:
         bits: 1 to 16, or 32 for the identity.
@@ -119,7 +121,8 @@ class DoReFaGradient(nn.Module):
         _note_run(self)
         if self.bits == OFF or not (self.training and self.enabled):
             return input
-        return functional.dorefa_gradient(input, self.rng_state, self.bits, inplace=self.inplace)
+        stream = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return functional.dorefa_gradient(input, self.rng_state, self.bits, inplace=self.inplace, stream=stream)
 
     def grid(self) -> dict[str, Any]:
         """What a state_dict tells of the grid."""

@@ -153,7 +153,7 @@ class FakeQuantize(nn.Module):
         return output
 
     def _observed(self, input: Tensor) -> Tensor:
-        if self.frozen:
+        if self.frozen and not self.calibrating:
             return self._quantized(input, self.active)
         if not torch.compiler.is_compiling():
             self.__dict__["has_range"] = True
@@ -189,12 +189,23 @@ class FakeQuantize(nn.Module):
         if after is not None and after.dtype != torch.float32:
             after = self._buffers["range"] = before.to(after.device)
         device = after.device if after is not None else fn(self._everything).device
-        for name in ("active", "pending", "_everything", "scratch_step"):
+        for name in ("active", "pending", "scratch_step"):
             tensor: Tensor = getattr(self, name)
             if tensor.device != device:
                 moved = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
                 setattr(self, name, moved)
+        if self._everything.device != device:  # made anew, since a tensor on the meta device has lost its value
+            self._everything = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the group, which holds the model: a copied part of a model does not bring all of it along."""
+        return {name: value for name, value in vars(self).items() if name != "observers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Is used alone, unless the group is restored as well."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        vars(self).setdefault("observers", Observers([self]))
 
     def grid(self) -> dict[str, Any]:
         """What a state_dict tells of the grid."""

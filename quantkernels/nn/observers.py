@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels._ops import is_recomputing
 
 if TYPE_CHECKING:
     from quantkernels.nn.fake_quantize import FakeQuantize
@@ -93,19 +94,28 @@ class Observers:
             step = torch.zeros((), dtype=torch.int64, device=group.device)
             functional.begin_step(group.ranges, group.active, group.pending, step, [1] * len(group.members))
 
-    def average_in(self, weight: float) -> None:
-        """Ends such a step: what was seen enters the ranges with `weight`."""
+    def add_to(self, sums: dict[FakeQuantize, tuple[Tensor, Tensor]]) -> None:
+        """Ends such a step: adds what each member has seen, unless it is not finite, to its sum and its count."""
         for group in self._by_device([member for member in self.members if not member.dynamic]):
             if self.synchronize and group.pending:
                 self._combine_over_processes(group.pending)
-            step = group.members[0].scratch_step
-            functional.end_step(group.ranges, group.pending, [weight] * len(group.members), step)
+            for member, pending in zip(group.members, group.pending, strict=True):
+                finite = pending.isfinite().all(0)
+                seen = torch.where(finite, pending, 0).double()
+                total, count = sums.get(member, (0, 0))
+                sums[member] = total + seen, count + finite.long()
+
+    def set_means(self, sums: dict[FakeQuantize, tuple[Tensor, Tensor]]) -> None:
+        """Takes the means for the ranges of those that have seen something."""
+        for member, (total, count) in sums.items():
+            observed_range = member.observed_range
+            observed_range.copy_(torch.where(count > 0, total / count, observed_range))
 
     def _by_device(self, members: Iterable[FakeQuantize], counts: bool = False) -> list[_OnDevice]:
         """The members' tensors by device; with `counts` a group on the counter's device even if it is empty."""
         groups: dict[torch.device, _OnDevice] = {}
         if counts and self.model is not None:
-            device = self.model._buffers[STEP].device
+            device = self._counter(self.model).device
             groups[device] = _OnDevice(device, [], [], [], [])
         for member in members:
             observed_range = member.observed_range
@@ -123,7 +133,13 @@ class Observers:
         """The counter, on the group's device; for a module used alone, one that nobody reads."""
         if self.model is None:
             return group.members[0].scratch_step
-        return self.model._buffers[STEP].to(group.device, non_blocking=True)
+        return self._counter(self.model).to(group.device, non_blocking=True)
+
+    @staticmethod
+    def _counter(model: nn.Module) -> Tensor:
+        step = model._buffers[STEP]
+        assert step is not None
+        return step
 
     def _combine_over_processes(self, pending: list[Tensor]) -> None:
         """One collective: the extrema over all processes. What is not finite on one of them is so on all."""
@@ -139,14 +155,20 @@ class Observers:
         flat = torch.cat([tensor.reshape(-1) for tensor in pending]) * signs
         flat = torch.where(flat.isnan(), torch.inf, flat)
         dist.all_reduce(flat, dist.ReduceOp.MAX, self.process_group)
-        parts = (flat * signs).split(sizes)
+        parts = (flat * signs).split_with_sizes(sizes)
         torch._foreach_copy_(pending, [part.view_as(tensor) for part, tensor in zip(parts, pending, strict=True)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the process group, which belongs to the process."""
         return {**vars(self), "process_group": None, "_signs": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the members, which leave their group out of their own state."""
+        vars(self).update(state)
+        for member in self.members:
+            vars(member)["observers"] = self
+
 
 def _is_recomputing() -> bool:
-    """Whether this forward runs inside a backward, that is, activation checkpointing computes it again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    """Whether this forward is a recomputation; a traced one asks when it runs (functional.begin_step)."""
+    return not torch.compiler.is_compiling() and is_recomputing()

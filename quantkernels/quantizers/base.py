@@ -79,8 +79,8 @@ class Quantizer(abc.ABC):
 
     'input' is every argument of the layer's forward that has no default and is a floating-point tensor, each with its
     own range (Bilinear has two); indices, as of an Embedding, pass. 'output' and 'gradient' are about the tensor that
-    the layer returns, or the first floating-point tensor of a tuple, list or dict. The output of a clamp-type activation
-    is quantized together with the activation, in one operator.
+    the layer returns, or the first floating-point tensor of a tuple, list or dict. The output of a clamp-type
+    activation is quantized together with the activation, in one operator.
 
     A step is one forward of the whole model in training mode, however often it calls a layer; with an optimizer, it is
     a step of the optimizer, as gradient accumulation, pipelines and several forwards before one backward need. A module
@@ -121,7 +121,8 @@ class Quantizer(abc.ABC):
         _check_is_not_wrapped(name, model)
         if dummy_input is not None and not isinstance(dummy_input, Tensor | tuple | list | dict):
             raise TypeError(
-                f"{name}: expected `dummy_input` to be a tensor, or a tuple or dict of arguments, but got {dummy_input!r}"
+                f"{name}: expected `dummy_input` to be a tensor, or a tuple or dict of arguments, but got "
+                f"{dummy_input!r}"
             )
         self.model = model
         self.entries = parse_config_list(config_list, self.grammar, model)
@@ -142,11 +143,9 @@ class Quantizer(abc.ABC):
         Raises:
             ValueError: the model is not compressed.
         """
-        while (inner := vars(model).get("_orig_mod") or model._modules.get("module")) is not None:
-            if model_.quantizer_of(model) is not None:
-                break
-            model = inner
-        quantizer = model_.quantizer_of(model)
+        quantizer, inner = model_.quantizer_of(model), _wrapped(model)
+        while quantizer is None and inner is not None:
+            quantizer, inner = model_.quantizer_of(inner), _wrapped(inner)
         if quantizer is None:
             raise ValueError(f"Quantizer.of: expected `model` to be a compressed model, but got {type(model).__name__}")
         return quantizer
@@ -203,7 +202,9 @@ class Quantizer(abc.ABC):
     def doubts(self) -> list[str]:
         """What the configuration asks for that users seldom mean, in words; compress() warns of it."""
         ternary = [str(layer) for layer in self.layers if _is_ternary(layer)]
-        return [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
+        return (
+            [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
+        )
 
     def decompress(self) -> nn.Module:
         """Takes all instrumentation back and returns the float model, with the weights as trained.
@@ -261,7 +262,10 @@ class Quantizer(abc.ABC):
     ) -> None:
         """Sets the observed ranges from data, without training: each becomes the mean of the batches' extrema.
 
-        The model runs in evaluation mode without gradients. Weights are quantized, the tensors that are observed are not.
+        Batches that do not reach a layer, or in which it sees what is not finite, do not count for it. Frozen ranges
+        are set as well. If a batch raises, no range is changed.
+
+        The model runs in evaluation mode without gradients. Weights are quantized, tensors that are observed are not.
 
         Args:
             batches: tensors, tuples or lists of positional arguments, or dicts of named ones.
@@ -276,22 +280,25 @@ class Quantizer(abc.ABC):
         forward = forward or _call
         observing = [member for member in self.observers.members if not member.dynamic]
         count = 0
+        sums: dict[FakeQuantize, tuple[Tensor, Tensor]] = {}
         with self._evaluation(), torch.no_grad():
             try:
                 for member in observing:
                     member.calibrating = True
-                for count, batch in enumerate(_with_progress(batches, progress), 1):
+                for batch in _with_progress(batches, progress):
+                    count += 1
                     self.observers.begin_unquantized()
                     self.observers.in_step = True
                     forward(self.model, batch)
-                    self.observers.average_in(1 / count)
+                    self.observers.add_to(sums)
+                self.observers.set_means(sums)
             finally:
                 self.observers.in_step = False
+                self._begins_with_forward = self.observers.by_optimizer
                 for member in observing:
                     member.calibrating = False
         if count == 0:
             raise ValueError(f"{type(self).__name__}.calibrate: expected `batches` to hold at least one, but got none")
-        self._begins_with_forward = self.observers.by_optimizer
 
     def freeze_ranges(self) -> None:
         """Keeps all ranges as they are while training goes on; quantization goes on with them."""
@@ -385,9 +392,9 @@ class Quantizer(abc.ABC):
         """What computes with a quantized layer without calling it, in this model."""
         quantized = {layer.module for layer in planned if layer.quantizers}
         for module in self.model.modules():
-            if isinstance(module, nn.MultiheadAttention) and module.out_proj in quantized:
-                if not layers_.is_instrumented(module):
-                    layers_.instrument(module, {})
+            uses_quantized = isinstance(module, nn.MultiheadAttention) and module.out_proj in quantized
+            if uses_quantized and not layers_.is_instrumented(module):
+                layers_.instrument(module, {})
             if layers_.accepts_fast_path(module) and not quantized.isdisjoint(module.modules()):
                 layers_.leave_fast_path(module)
 
@@ -480,9 +487,11 @@ class Quantizer(abc.ABC):
     def _report_evaluation_without_ranges(self, model: nn.Module) -> None:
         if self._has_reported_evaluation or model.training or self.observers.in_step:
             return
-        unseen = [m for m in self.observers.members if not (m.dynamic or m.has_range)]
-        if unseen and all(module.enabled for module in unseen):
-            self._has_reported_evaluation = True
+        unseen = self._without_range()
+        if not all(member.enabled for member in unseen):
+            return
+        self._has_reported_evaluation = True
+        if unseen:
             warnings.warn(
                 f"{type(self).__name__}: the model is evaluated while {len(unseen)} of its inputs and outputs have no "
                 "range yet; these pass unquantized. Train first, or calibrate()",
@@ -490,18 +499,28 @@ class Quantizer(abc.ABC):
                 stacklevel=4,
             )
 
+    def _without_range(self) -> list[FakeQuantize]:
+        """The members that pass what they meet unquantized. This reads their ranges, unless it is known already."""
+        unknown = [member for member in self.observers.members if not (member.dynamic or member.has_range)]
+        for member in unknown:  # another's doing, such as an averaged model's or a compiled step's, may have set it
+            member.has_range = _has_seen(member.observed_range)
+        # What no training forward has called needs no range: arguments that are no tensors, unused layers.
+        return [m for m in unknown if not m.has_range and (m.has_run or not self._training_forwards)]
+
     def _grids(self) -> dict[str, Any]:
         """What the state_dict tells of the grids: JSON's types only."""
         described: dict[str, dict[str, Any]] = {}
         for layer in self.layers:
             for quant_type, quantizer in layer.quantizers.items():
-                grids = [module.grid() for module in quantizer.modules() if hasattr(module, "grid")]
-                described.setdefault(layer.name, {})[quant_type] = grids[0]
+                module: Any = next(module for module in quantizer.modules() if hasattr(module, "grid"))
+                described.setdefault(layer.name, {})[quant_type] = module.grid()
         return {"version": model_.FORMAT_VERSION, "quantizer": type(self).__name__, "layers": described}
 
     def _state(self) -> dict[str, Tensor]:
         """The quantizer's own tensors in the model's state_dict."""
-        ours = {module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()}
+        ours = {
+            module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()
+        }
         state = {STEP: self.model._buffers[STEP]}
         for name, module in self.model.named_modules(remove_duplicate=False):
             if module in ours:
@@ -510,9 +529,13 @@ class Quantizer(abc.ABC):
                         state[f"{name}.{key}"] = tensor
         return state  # type: ignore[return-value]
 
-    def _set_has_range(self) -> None:
-        for member in self.observers.members:
-            member.has_range = True
+    def _note_loaded(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Takes note of a state that is being loaded."""
+        for name, module in self.model.named_modules():
+            observed_range = state_dict.get(f"{prefix}{name}.range")
+            if isinstance(module, FakeQuantize) and observed_range is not None:
+                module.has_range = _has_seen(observed_range)
+        self._has_reported_evaluation = False
         self._begins_with_forward = self.observers.by_optimizer
 
     def _try(self, dummy_input: Batch) -> None:
@@ -551,9 +574,18 @@ def idle_reasons(layer: QuantizedLayer) -> list[str]:
         modules = [module for module in quantizer.modules() if hasattr(module, "has_run")]
         if modules and not any(module.has_run for module in modules):
             reasons.append(f"{quant_type}: the layer was never called; its weight may be read by other code")
-        elif any(isinstance(m, FakeQuantize) and not (m.dynamic or m.has_range) for m in modules if m.has_run):
-            reasons.append(f"{quant_type}: no range was observed, since it ran in evaluation mode only; calibrate()")
+            continue
+        unseen = [m for m in modules if isinstance(m, FakeQuantize) and m.has_run and not (m.dynamic or m.has_range)]
+        if any(module.enabled for module in unseen):
+            why = "its ranges are frozen" if unseen[0].frozen else "it ran in evaluation mode only"
+            reasons.append(f"{quant_type}: no range was observed, since {why}; calibrate()")
     return reasons
+
+
+def _has_seen(observed_range: Tensor) -> bool:
+    """Whether a range has seen something; assumed where the value cannot be read."""
+    can_be_read = type(observed_range) is Tensor and not (observed_range.is_meta or torch._C._is_tracing())
+    return bool(observed_range.any()) if can_be_read else True
 
 
 def skipped_subclass(module: NamedModule) -> str | None:
@@ -620,6 +652,8 @@ def _check_weight(where: str, module: nn.Module) -> None:
             "leave it out of the entry, or quantize its input and output"
         )
     if isinstance(module, nn.MultiheadAttention):
+        if not layers_.attention_weights(module) or parametrize.is_parametrized(module):
+            raise ValueError(f"{where} has parametrized weights; these are not quantized in an attention")
         return
     weight = module._parameters.get("weight")
     is_derived = parametrize.is_parametrized(module, "weight") or isinstance(vars(module).get("weight"), Tensor)
@@ -648,10 +682,15 @@ def _check_is_not_wrapped(name: str, model: nn.Module) -> None:
                 )
 
 
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper: torch.compile's, or one that calls it `module`, as DDP and AveragedModel do."""
+    return model._modules.get("_orig_mod") or model._modules.get("module")
+
+
 def _innermost(name: str, optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside Accelerate's or Lightning's wrappers."""
     inner = optimizer
-    while isinstance(wrapped := getattr(inner, "optimizer", None), torch.optim.Optimizer) and wrapped is not inner:
+    while (wrapped := getattr(inner, "optimizer", None)) is not None:
         inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"{name}: expected `optimizer` to be a torch.optim.Optimizer, but got {optimizer!r}")

@@ -228,7 +228,7 @@ def parse_entries(
     for entry in entries:
         if not any(entry.matches(module) for module in modules):
             raise ValueError(_no_match_message(entry, modules, noun))
-    deciding = {entry.index for module in modules if (entry := deciding_entry(entries, module)) is not None}
+    deciding = {decided.index for module in modules if (decided := deciding_entry(entries, module)) is not None}
     for entry in entries:
         if not entry.exclude and entry.index not in deciding:
             raise ValueError(

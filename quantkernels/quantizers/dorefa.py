@@ -12,7 +12,6 @@ from quantkernels.nn.dorefa import OFF
 from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer, float_leaves, listed
 from quantkernels.quantizers.config import DEFAULT_OP_TYPES, Grammar, QuantType
 
-
 _MULTIPLYING = (nn.Linear, nn.modules.conv._ConvNd)
 _NORMALIZATIONS = (
     nn.modules.batchnorm._NormBase,
@@ -76,7 +75,7 @@ class DoReFaQuantizer(Quantizer):
 
     def doubts(self) -> list[str]:
         """See Quantizer: layers whose magnitude is lost, since DoReFa's weights fill [-1, 1] whatever they were."""
-        leaves = [m for m in float_leaves(self.model)]
+        leaves = float_leaves(self.model)
         following = dict(zip(leaves, [*leaves[1:], None], strict=True))
         lost = [
             str(layer)

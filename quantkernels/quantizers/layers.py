@@ -13,8 +13,9 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from quantkernels.quantizers.config import user_class
@@ -27,16 +28,26 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 _WALKS_ITS_CHILDREN = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def cached(function: _Function) -> _Function:
+    """functools.cache, which keeps the function's type."""
+    return cast(_Function, functools.cache(function))
+
+
 class InputQuantizers(nn.ModuleList):
     """One quantizer for each argument of a layer's forward that has no default, in their order.
 
     Attributes:
         arguments: the names of these arguments.
+        has_run: whether the layer has been called, with tensors to quantize or without.
     """
 
     def __init__(self, arguments: tuple[str, ...], build: Callable[[], nn.Module]) -> None:
         super().__init__(build() for _ in arguments)
         self.arguments = arguments
+        self.has_run = False
 
 
 class AttentionWeightQuantizers(nn.ModuleDict):
@@ -100,8 +111,8 @@ def restore(module: nn.Module) -> None:
     cls = type(module)
     if "_float_class" not in vars(cls):
         raise RuntimeError(
-            f"decompress: expected a layer of class {float_class(module).__name__} not to be wrapped or sharded, but it "
-            f"is now of {cls.__mro__}; take the model out of its wrapper first"
+            f"decompress: expected a layer of class {float_class(module).__name__} not to be wrapped or sharded, but "
+            f"it is now of {cls.__mro__}; take the model out of its wrapper first"
         )
     for name in _CHILDREN:
         module._modules.pop(name, None)
@@ -109,11 +120,11 @@ def restore(module: nn.Module) -> None:
     module.__class__ = float_class(module)
 
 
-@functools.cache
+@cached
 def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` that quantizes in its forward. It has the name of `cls` and its signature."""
     direct = _DIRECT.get(cls.forward)
-    hides = bool(_WALKS_ITS_CHILDREN & _names_in(cls.forward))
+    hides = bool(_WALKS_ITS_CHILDREN & _names_in(cls))
     attention = issubclass(cls, nn.MultiheadAttention)
 
     @functools.wraps(cls.forward)
@@ -140,7 +151,8 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     members = {"forward": forward, "__reduce_ex__": _reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
     members |= {"__qualname__": cls.__qualname__, "_float_class": cls}
     if isinstance(inspect.getattr_static(cls, "weight", None), property):  # torch.nn.utils.parametrize
-        members["weight"] = property(functools.partial(_weight_in_call, cls), getattr(cls.weight, "fset", None))  # type: ignore[attr-defined]
+        setter = getattr(cls.weight, "fset", None)  # type: ignore[attr-defined]
+        members["weight"] = property(functools.partial(_weight_in_call, cls), setter)
     return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
 
@@ -148,7 +160,9 @@ def map_result(quantizer: nn.Module, result: Any) -> Any:
     """Applies `quantizer` to the tensor `result`, or to the first floating-point tensor in it, and keeps the rest."""
     if isinstance(result, Tensor):
         return _quantized(quantizer, result)
-    keys = result.keys() if isinstance(result, Mapping) else range(len(result)) if isinstance(result, tuple | list) else ()
+    keys = (
+        result.keys() if isinstance(result, Mapping) else range(len(result)) if isinstance(result, tuple | list) else ()
+    )
     for key in keys:
         if isinstance(result[key], Tensor) and result[key].is_floating_point():
             return _with_item(result, key, quantizer(result[key]))
@@ -189,6 +203,8 @@ _DIRECT: dict[Callable[..., Any], Callable[..., Any]] = {
 def _quantized_arguments(
     quantizers: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not torch.compiler.is_compiling():
+        vars(quantizers)["has_run"] = True
     positional = [_quantized(quantizer, value) for quantizer, value in zip(quantizers, args, strict=False)]
     named = {
         name: _quantized(quantizer, kwargs[name])
@@ -206,6 +222,11 @@ def _with_quantized_weights(cls: type[nn.Module], module: Any, args: Any, kwargs
             value = quantizer(getattr(owner, name))
             holder: dict[str, Any] = owner._parameters if name in owner._parameters else vars(owner)
             key = name if name in holder else _IN_CALL
+            if key is _IN_CALL and not _can_be_put_in_place(type(owner), name):
+                raise RuntimeError(
+                    f"{type(module).__name__}: expected {name!r} not to be parametrized after compress(), whose "
+                    "quantizer it hides; parametrize before"
+                )
             in_place.append((holder, key, holder.get(key)))
             holder[key] = value
         return _without_quantizers(cls, module, args, kwargs) if hides else cls.forward(module, *args, **kwargs)
@@ -223,6 +244,12 @@ _IN_CALL = "_weight_in_call"
 def _weight_in_call(cls: Any, module: nn.Module) -> Any:
     value = vars(module).get(_IN_CALL)
     return cls.weight.__get__(module) if value is None else value
+
+
+def _can_be_put_in_place(cls: type, name: str) -> bool:
+    descriptor = inspect.getattr_static(cls, name, None)
+    getter = descriptor.fget if isinstance(descriptor, property) else None
+    return isinstance(getter, functools.partial) and getter.func is _weight_in_call
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -273,9 +300,15 @@ def _with_item(container: Any, key: Any, value: Tensor) -> Any:
     return changed
 
 
-def _names_in(function: Any) -> frozenset[str]:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return frozenset(() if code is None else code.co_names)
+def _names_in(cls: type[nn.Module]) -> frozenset[str]:
+    """The names that the forward of `cls` uses, and every method of its own that this may call."""
+    functions = [cls.forward, *(value for base in cls.__mro__ if _is_users(base) for value in vars(base).values())]
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in functions if inspect.isfunction(f)]
+    return frozenset(name for code in codes if code is not None for name in code.co_names)
+
+
+def _is_users(cls: type) -> bool:
+    return cls is not object and not cls.__module__.startswith("torch.")
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """The class of a compressed model: a forward in training mode is a step, and the state_dict describes the grids.
 
-As a layer's, the class of the model is replaced by a subclass, and nothing else of the model changes but for one buffer,
-which counts the steps.
+As a layer's, the class of the model is replaced by a subclass, and nothing else of the model changes but for one
+buffer, which counts the steps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkernels.nn.observers import STEP
+from quantkernels.quantizers.layers import cached, quantized_class
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import Quantizer
@@ -53,7 +54,7 @@ def restore(model: nn.Module) -> None:
     del model._buffers[STEP]
 
 
-@functools.cache
+@cached
 def compressed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `cls` for a compressed model, with the name of `cls` and the signature of its forward."""
 
@@ -72,7 +73,7 @@ def compressed_class(cls: type[nn.Module]) -> type[nn.Module]:
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if (quantizer := quantizer_of(self)) is not None:
             _check_grids(quantizer, state_dict, prefix)
-        cls._load_from_state_dict(self, state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        cls._load_from_state_dict(self, state_dict, prefix, *rest)
 
     members = {"forward": forward, "_save_to_state_dict": save, "_load_from_state_dict": load, "__reduce_ex__": _reduce}
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -101,7 +102,7 @@ def _check_grids(quantizer: Quantizer, state_dict: dict[str, Any], prefix: str) 
     ours = quantizer._grids()
     if theirs != ours:
         raise RuntimeError(_difference(ours, theirs))
-    quantizer._set_has_range()
+    quantizer._note_loaded(state_dict, prefix)
 
 
 def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -118,7 +119,9 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 def _grid_text(grids: dict[str, Any] | None) -> str:
     if grids is None:
         return "no quantization"
-    return ", ".join(f"{kind} {' '.join(f'{key}={value}' for key, value in grid.items())}" for kind, grid in grids.items())
+    return ", ".join(
+        f"{kind} {' '.join(f'{key}={value}' for key, value in grid.items())}" for kind, grid in grids.items()
+    )
 
 
 def _encode(description: dict[str, Any]) -> Tensor:
@@ -139,7 +142,5 @@ def _reduce(model: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def _new_model(cls: type[nn.Module], is_layer: bool) -> nn.Module:
-    from quantkernels.quantizers.layers import quantized_class
-
     made = compressed_class(quantized_class(cls) if is_layer else cls)
     return made.__new__(made)

@@ -35,8 +35,8 @@ class QAT_Quantizer(Quantizer):
 
     - 'quant_types': list of 'weight', 'input', 'output'. Required.
     - 'quant_bits': 1 to 16 (at least 2 for a symmetric scheme), or a dict by quant type. Required.
-    - 'op_types': 'default', a class name, or a list of these; 'op_names': a list of module names or shell-style patterns
-      of them ('layer*.conv1'). At least one; with both, a module has to satisfy both.
+    - 'op_types': 'default', a class name, or a list of these; 'op_names': a list of module names or shell-style
+      patterns of them ('layer*.conv1'). At least one; with both, a module has to satisfy both.
     - 'quant_dtype': 'uint' (the default) or 'int', or a dict by quant type.
     - 'quant_scheme': 'per_tensor_affine' (the default), 'per_tensor_symmetric', and for weights 'per_channel_affine'
       and 'per_channel_symmetric'; or a dict by quant type.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantkernels import functional
 from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
 from quantkernels.nn.observers import STEP
@@ -24,12 +25,13 @@ def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, An
     """The summary of a quantizer, measured on `batch` unless that is None."""
     measured = {} if batch is None else _measure(quantizer, batch, forward)
     layers = {layer.module: layer for layer in quantizer.layers}
+    ours = _quantizer_modules(quantizer)
     rows: list[SummaryRow] = []
     for module in named_modules(quantizer.model):
         layer = layers.get(module.module)
         if layer is not None and layer.quantizers:
             rows += _rows_of_layer(quantizer, layer, measured)
-        elif module.module not in _quantizer_modules(quantizer) and _has_weights(module.module):
+        elif module.module not in ours and _has_weights(module.module):
             rows.append(SummaryRow(module.names[0], module.op_type, "-", status=_why_not(quantizer, module)))
     return Summary(tuple(rows), tuple(config_notes(quantizer.entries, named_modules(quantizer.model))))
 
@@ -40,7 +42,7 @@ def _rows_of_layer(quantizer: Quantizer, layer: QuantizedLayer, measured: dict[n
     idle = {reason.partition(":")[0]: reason.partition(": ")[2] for reason in idle_reasons(layer)}
     rows = []
     for quant_type, container in layer.quantizers.items():
-        modules = [module for module in container.modules() if hasattr(module, "grid")]
+        modules: list[Any] = [module for module in container.modules() if hasattr(module, "grid")]
         grid = modules[0].grid()
         status = _status(quantizer, layer, quant_type, modules, idle)
         if quant_type == "weight":
@@ -153,14 +155,18 @@ def _measure(
 
 
 def _figures(module: FakeQuantize, input: Tensor, output: Tensor) -> tuple[float | None, float | None]:
-    clamped = input.double()
-    if module.bounds is not None:
-        clamped = clamped.clamp(*module.bounds)
-    levels = module.quant_max - module.quant_min
-    half_step = (output.double() - clamped).abs()
-    low, high = output.double().amin(), output.double().amax()
-    step = (high - low) / levels if levels else high - low
-    clipped = ((clamped > high) | (clamped < low)) & (half_step > step / 2)
+    clamped = input.double() if module.bounds is None else input.double().clamp(*module.bounds)
+    observed = module.observed_range
+    if not module.enabled or not bool(observed.any()):
+        return None, None
+    scale, zero_point = functional.qparams(
+        observed[0], observed[1], module.quant_min, module.quant_max, module.symmetric
+    )
+    if module.axis is not None:
+        shape = [-1 if axis == module.axis % input.dim() else 1 for axis in range(input.dim())]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    levels = (clamped / scale).round() + zero_point
+    clipped = (levels < module.quant_min) | (levels > module.quant_max)
     return float(clipped.double().mean()), _sqnr(clamped, output)
 
 

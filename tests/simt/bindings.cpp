@@ -10,7 +10,7 @@
 #include "cuda/affine.cu"
 #include "cuda/dorefa.cu"
 #include "cuda/extrema.cu"
-#include "cuda/observe.cu"
+#include "cuda/ranges.cu"
 
 namespace py = pybind11;
 
@@ -32,8 +32,27 @@ void run_job(const Job& job) {
   check(cuda::run(job, workspace.data(), nullptr));
 }
 
-AffineJob affine_job(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer scale,
-                     Pointer zero_point, int quant_min, int quant_max, double low, double high) {
+void fake_quantize_number(int dtype, Pointer input, Pointer output, Pointer mask, int64_t numel, float scale,
+                          int zero_point, int quant_min, int quant_max, double low, double high) {
+  AffineJob job{};
+  job.dtype = static_cast<DType>(dtype);
+  job.input = as<void>(input);
+  job.output = as<void>(output);
+  job.mask = as<uint8_t>(mask);
+  job.view = {1, 1, numel};
+  job.scale_number = scale;
+  job.zero_point_number = zero_point;
+  job.quant_min = quant_min;
+  job.quant_max = quant_max;
+  job.low = low;
+  job.high = high;
+  run_job(job);
+}
+
+// Of `scale`, `range` and `pending` those may be 0 that the job does without.
+void fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer scale, Pointer zero_point,
+                   Pointer range, Pointer pending, int quant_min, int quant_max, bool symmetric, double low,
+                   double high) {
   AffineJob job{};
   job.dtype = static_cast<DType>(dtype);
   job.input = as<void>(input);
@@ -42,36 +61,39 @@ AffineJob affine_job(int dtype, Pointer input, Pointer output, Pointer mask, Vie
   job.view = {view[0], view[1], view[2]};
   job.scale = as<float>(scale);
   job.zero_point = as<int32_t>(zero_point);
+  job.range = as<float>(range);
+  job.pending = as<float>(pending);
+  job.symmetric = symmetric;
   job.quant_min = quant_min;
   job.quant_max = quant_max;
   job.low = low;
   job.high = high;
-  return job;
-}
-
-void fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer scale, Pointer zero_point,
-                   int quant_min, int quant_max, double low, double high) {
-  run_job(affine_job(dtype, input, output, mask, view, scale, zero_point, quant_min, quant_max, low, high));
-}
-
-void observe_fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View view, Pointer range,
-                           Pointer scale, Pointer zero_point, Pointer step, int quant_min, int quant_max,
-                           bool symmetric, double momentum, int64_t quant_start_step, bool observe, bool advance_step,
-                           double low, double high) {
-  ObserveJob job{};
-  job.affine = affine_job(dtype, input, output, mask, view, scale, zero_point, quant_min, quant_max, low, high);
-  job.range = as<float>(range);
-  job.scale = as<float>(scale);
-  job.zero_point = as<int32_t>(zero_point);
-  job.step = as<int64_t>(step);
-  job.affine.range = job.range;
-  job.affine.step = job.step;
-  job.affine.quant_start_step = quant_start_step;
-  job.momentum = static_cast<float>(momentum);
-  job.symmetric = symmetric;
-  job.observe = observe;
-  job.advance_step = advance_step;
   run_job(job);
+}
+
+void current_range(int dtype, Pointer input, View view, Pointer active, Pointer range) {
+  run_job(RangeJob{
+      static_cast<DType>(dtype), as<void>(input), {view[0], view[1], view[2]}, as<float>(active), as<float>(range)});
+}
+
+void begin_step(const std::vector<std::array<Pointer, 3>>& pointers, const std::vector<int64_t>& channels,
+                const std::vector<int64_t>& quant_start_steps, Pointer step) {
+  std::vector<BeginStep> steps;
+  for (size_t i = 0; i < pointers.size(); ++i) {
+    const auto& [range, active, pending] = pointers[i];
+    steps.push_back({as<float>(range), as<float>(active), as<float>(pending), channels[i], quant_start_steps[i]});
+  }
+  run_job(BeginStepJob{steps.data(), static_cast<int64_t>(steps.size()), as<int64_t>(step)});
+}
+
+void end_step(const std::vector<std::array<Pointer, 2>>& pointers, const std::vector<int64_t>& channels,
+              const std::vector<float>& momenta, Pointer step) {
+  std::vector<EndStep> steps;
+  for (size_t i = 0; i < pointers.size(); ++i) {
+    const auto& [range, pending] = pointers[i];
+    steps.push_back({as<float>(range), as<float>(pending), channels[i], momenta[i]});
+  }
+  run_job(EndStepJob{steps.data(), static_cast<int64_t>(steps.size()), as<int64_t>(step)});
 }
 
 void straight_through(int64_t element_size, Pointer grad_output, Pointer mask, Pointer grad_input, int64_t numel) {
@@ -100,9 +122,9 @@ void dorefa_activation(int dtype, Pointer input, Pointer output, Pointer mask, i
 }
 
 void dorefa_gradient(int dtype, Pointer grad_output, Pointer grad_input, int64_t samples, int64_t inner, int bits,
-                     Pointer rng_state) {
+                     Pointer rng_state, int64_t stream) {
   run_job(DoReFaGradientJob{static_cast<DType>(dtype), as<void>(grad_output), as<void>(grad_input), samples, inner,
-                            bits, as<int64_t>(rng_state)});
+                            bits, as<int64_t>(rng_state), stream});
 }
 
 }  // namespace
@@ -112,7 +134,10 @@ PYBIND11_MODULE(bindings, module) {
   using namespace qk::simt;
   bind_emulator(module);
   module.def("fake_quantize", &fake_quantize);
-  module.def("observe_fake_quantize", &observe_fake_quantize);
+  module.def("current_range", &current_range);
+  module.def("begin_step", &begin_step);
+  module.def("end_step", &end_step);
+  module.def("fake_quantize_number", &fake_quantize_number);
   module.def("straight_through", &straight_through);
   module.def("min_max", &min_max);
   module.def("dorefa_weight", &dorefa_weight);

@@ -1,6 +1,7 @@
 // Owns what every emulated Python module offers beside its kernels: the emulator's settings and its exception.
 #pragma once
 
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -17,7 +18,9 @@ inline Order parse_order(const std::string& name) {
   throw std::invalid_argument("order: expected forward, reverse or random, but got " + name);
 }
 
-// Adds SimtError, configure(order, seed, concurrent_blocks, multiprocessors, blocks_per_multiprocessor).
+// Adds SimtError, configure(order, seed, concurrent_blocks, multiprocessors, blocks_per_multiprocessor) and
+// occupancy_queries(), and take_launched_kernels(): the kernels launched since the last call, as offsets from the
+// module's load address.
 inline void bind_emulator(pybind11::module_& module) {
   using pybind11::arg;
   pybind11::register_exception<Error>(module, "SimtError", PyExc_RuntimeError);
@@ -29,6 +32,17 @@ inline void bind_emulator(pybind11::module_& module) {
       },
       arg("order") = "forward", arg("seed") = 0, arg("concurrent_blocks") = 1, arg("multiprocessors") = 2,
       arg("blocks_per_multiprocessor") = 2);
+  module.def("occupancy_queries", [] { return occupancy_queries; });
+  module.def("take_launched_kernels", [] {
+    Dl_info module_info{};
+    dladdr(&occupancy_queries, &module_info);
+    pybind11::list offsets;
+    for (const void* kernel : launched_kernels) {
+      offsets.append(static_cast<const char*>(kernel) - static_cast<const char*>(module_info.dli_fbase));
+    }
+    launched_kernels.clear();
+    return offsets;
+  });
 }
 
 // For launchers: raises the CUDA error as Python would see it from the real library.

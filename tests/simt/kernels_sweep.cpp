@@ -12,7 +12,7 @@
 #include "cuda/affine.cu"
 #include "cuda/dorefa.cu"
 #include "cuda/extrema.cu"
-#include "cuda/observe.cu"
+#include "cuda/ranges.cu"
 
 namespace qk::simt {
 namespace {
@@ -81,11 +81,12 @@ void sweep_affine(ChannelView view, int64_t offset) {
   const int64_t numel = view.numel();
   const Buffer<S> input(numel, offset), output(numel, offset);
   std::vector<uint8_t> mask(static_cast<size_t>((numel + 7) / 8));
-  std::vector<float> scale(static_cast<size_t>(view.channels), 0.25f), range(2 * scale.size());
-  for (size_t i = 0; i < scale.size(); ++i) range[i] = std::numeric_limits<float>::infinity();
-  for (size_t i = scale.size(); i < range.size(); ++i) range[i] = -range[0];
+  std::vector<float> scale(static_cast<size_t>(view.channels), 0.25f), range(2 * scale.size()), active(range.size()),
+      pending(range.size());
   std::vector<int32_t> zero_point(scale.size(), 3);
   int64_t step = 0;
+  const BeginStep begin{range.data(), active.data(), pending.data(), view.channels, 0};
+  const EndStep end{range.data(), pending.data(), view.channels, 0.5f};
   AffineJob affine{};
   affine.dtype = dtype_of<S>();
   affine.input = input.data();
@@ -99,10 +100,14 @@ void sweep_affine(ChannelView view, int64_t offset) {
   affine.high = kInfinity;
   run(affine);
   run(StraightThroughJob{sizeof(S), input.data(), mask.data(), output.data(), numel});
-  affine.range = range.data();
-  affine.step = &step;
-  run(ObserveJob{affine, range.data(), scale.data(), zero_point.data(), &step, 0.5f, false, true, true});
-  run(ObserveJob{affine, range.data(), scale.data(), zero_point.data(), &step, 0.5f, false, false, true});
+  affine.range = active.data();
+  affine.pending = pending.data();
+  for (int i = 0; i < 2; ++i) {
+    run(BeginStepJob{&begin, 1, &step});
+    run(affine);
+    run(EndStepJob{&end, 1, &step});
+  }
+  run(RangeJob{affine.dtype, input.data(), view, nullptr, range.data()});
   const Buffer<S> min(view.channels), max(view.channels);
   run(ExtremaJob{affine.dtype, input.data(), view, min.data(), max.data()});
   if (step != 2) throw Error("the step was not advanced");
@@ -120,11 +125,11 @@ void sweep_dorefa(int64_t numel, int64_t offset) {
   run(DoReFaWeightGradientJob{dtype, input.data(), weight.data(), &statistic, output.data(), numel});
   int64_t rng_state[] = {5, 7};
   const int64_t samples = numel % 5 == 0 ? 5 : 1;
-  run(DoReFaGradientJob{dtype, input.data(), output.data(), samples, numel / samples, 4, rng_state});
+  run(DoReFaGradientJob{dtype, input.data(), output.data(), samples, numel / samples, 4, rng_state, 3});
   if (rng_state[1] != 8) throw Error("the step was not advanced");
 }
 
-// Reductions of several slices, in two launches each; those of the last, with many channels, are combined in the first.
+// Reductions of several slices, and observations by several blocks.
 template <class S>
 void sweep_slices() {
   sweep_affine<S>({1, 1, kSlicedSize}, 0);

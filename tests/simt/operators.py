@@ -61,78 +61,121 @@ class EmulatedOperators:
     def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def fake_quantize(
-        self, input: Tensor, scale: Tensor, zero_point: Tensor, *grid: object, in_place: bool = False
+    def _quantize(
+        self,
+        input: Tensor,
+        grid: dict[str, Tensor],
+        quant_min: int,
+        quant_max: int,
+        symmetric: bool,
+        axis: int | None,
+        low: float | None,
+        high: float | None,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        quant_min, quant_max, axis, low, high = grid
+        """`grid` has scale and zero_point, or range and perhaps pending."""
         source = _dense(input)
         output, mask = source if in_place else _poisoned(source), _mask(source)
-        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        dense = {name: tensor if name == "pending" else tensor.contiguous() for name, tensor in grid.items()}
         self.module.fake_quantize(
             _DTYPES.index(source.dtype),
             source.data_ptr(),
             output.data_ptr(),
             mask.data_ptr(),
-            _view(source, axis),  # type: ignore[arg-type]
-            scale.data_ptr(),
-            zero_point.data_ptr(),
+            _view(source, axis),
+            *(dense[n].data_ptr() if n in dense else 0 for n in ("scale", "zero_point", "range", "pending")),
             quant_min,
             quant_max,
-            low,
-            high,
+            symmetric,
+            -math.inf if low is None else low,
+            math.inf if high is None else high,
         )
+        if in_place:
+            _write_back(input, output)
         return output, mask
 
-    def fake_quantize_(self, input: Tensor, *arguments: object) -> Tensor:
-        output, mask = self.fake_quantize(input, *arguments, in_place=True)  # type: ignore[arg-type]
-        _write_back(input, output)
-        return mask
+    def fake_quantize(
+        self, input: Tensor, scale: Tensor, zero_point: Tensor, *grid: Any, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        quant_min, quant_max, axis, low, high = grid
+        parameters = {"scale": scale, "zero_point": zero_point}
+        return self._quantize(input, parameters, quant_min, quant_max, False, axis, low, high, in_place)
+
+    def fake_quantize_(self, input: Tensor, *arguments: Any) -> Tensor:
+        return self.fake_quantize(input, *arguments, in_place=True)[1]
 
     def fake_quantize_per_tensor(self, input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return self.fake_quantize(input, *arguments, None, -math.inf, math.inf)
+        return self.fake_quantize(input, *arguments, None, None, None)
 
     def fake_quantize_per_tensor_(self, input: Tensor, *arguments: Any) -> Tensor:
-        return self.fake_quantize_(input, *arguments, None, -math.inf, math.inf)
+        return self.fake_quantize_(input, *arguments, None, None, None)
 
     def fake_quantize_number(
-        self, input: Tensor, scale: float, zero_point: int, *grid: object, in_place: bool = False
+        self, input: Tensor, scale: float, zero_point: int, *grid: Any, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
         quant_min, quant_max, low, high = grid
-        number = torch.full((1,), scale), torch.full((1,), zero_point, dtype=torch.int32)
-        return self.fake_quantize(input, *number, quant_min, quant_max, None, low, high, in_place=in_place)
-
-    def fake_quantize_number_(self, input: Tensor, *arguments: object) -> Tensor:
-        output, mask = self.fake_quantize_number(input, *arguments, in_place=True)  # type: ignore[arg-type]
-        _write_back(input, output)
-        return mask
-
-    def observe_fake_quantize(self, input: Tensor, *arguments: object, in_place: bool = False) -> tuple[Tensor, Tensor]:
-        *state, quant_min, quant_max, symmetric, axis, momentum, start, observe, advance, low, high = arguments
         source = _dense(input)
         output, mask = source if in_place else _poisoned(source), _mask(source)
-        self.module.observe_fake_quantize(
+        self.module.fake_quantize_number(
             _DTYPES.index(source.dtype),
             source.data_ptr(),
             output.data_ptr(),
             mask.data_ptr(),
-            _view(source, axis),  # type: ignore[arg-type]
-            *(tensor.data_ptr() for tensor in state),  # type: ignore[attr-defined]
+            source.numel(),
+            scale,
+            zero_point,
             quant_min,
             quant_max,
-            symmetric,
-            momentum,
-            start,
-            observe,
-            advance,
-            low,
-            high,
+            -math.inf if low is None else low,
+            math.inf if high is None else high,
         )
+        if in_place:
+            _write_back(input, output)
         return output, mask
 
-    def observe_fake_quantize_(self, input: Tensor, *arguments: object) -> Tensor:
-        output, mask = self.observe_fake_quantize(input, *arguments, in_place=True)
-        _write_back(input, output)
-        return mask
+    def fake_quantize_number_(self, input: Tensor, *arguments: Any) -> Tensor:
+        return self.fake_quantize_number(input, *arguments, in_place=True)[1]
+
+    def fake_quantize_in_range(self, input: Tensor, range: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
+        return self._quantize(input, {"range": range}, *grid)
+
+    def fake_quantize_in_range_(self, input: Tensor, range: Tensor, *grid: Any) -> Tensor:
+        return self._quantize(input, {"range": range}, *grid, in_place=True)[1]
+
+    def observe_fake_quantize(
+        self, input: Tensor, active: Tensor, pending: Tensor, *grid: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._quantize(input, {"range": active, "pending": pending}, *grid)
+
+    def observe_fake_quantize_(self, input: Tensor, active: Tensor, pending: Tensor, *grid: Any) -> Tensor:
+        return self._quantize(input, {"range": active, "pending": pending}, *grid, in_place=True)[1]
+
+    def fake_quantize_current(
+        self, input: Tensor, active: Tensor | None, quant_min: int, quant_max: int, symmetric: bool, axis: int | None
+    ) -> tuple[Tensor, Tensor]:
+        source = _dense(input)
+        if source.numel() == 0:
+            return _poisoned(source), _mask(source)
+        view = _view(source, axis)
+        current = torch.full((2, view[1]), math.nan)
+        self.module.current_range(
+            _DTYPES.index(source.dtype),
+            source.data_ptr(),
+            view,
+            0 if active is None else active.data_ptr(),
+            current.data_ptr(),
+        )
+        return self._quantize(source, {"range": current}, quant_min, quant_max, symmetric, axis, None, None)
+
+    def begin_step(
+        self, ranges: list[Tensor], active: list[Tensor], pending: list[Tensor], step: Tensor, starts: list[int]
+    ) -> None:
+        pointers = [[t.data_ptr() for t in of_one] for of_one in zip(ranges, active, pending, strict=True)]
+        self.module.begin_step(pointers, [t.numel() // 2 for t in ranges], starts, step.data_ptr())
+
+    def end_step(self, ranges: list[Tensor], pending: list[Tensor], momenta: list[float], step: Tensor) -> None:
+        pointers = [[t.data_ptr() for t in of_one] for of_one in zip(ranges, pending, strict=True)]
+        self.module.end_step(pointers, [t.numel() // 2 for t in ranges], momenta, step.data_ptr())
 
     def straight_through(self, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         source = grad_output.contiguous(memory_format=_FORMATS[memory_format])
@@ -194,7 +237,7 @@ class EmulatedOperators:
         _write_back(input, output)
         return mask
 
-    def dorefa_gradient(self, grad_output: Tensor, rng_state: Tensor, bits: int) -> Tensor:
+    def dorefa_gradient(self, grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
         source = grad_output.contiguous()
         grad_input = _poisoned(source)
         samples = source.shape[0] if source.dim() > 0 else 1
@@ -206,5 +249,6 @@ class EmulatedOperators:
             source.numel() // max(samples, 1),
             bits,
             rng_state.data_ptr(),
+            stream,
         )
         return grad_input.contiguous(memory_format=_memory_format(grad_output))

@@ -3,9 +3,16 @@
 #include <cstring>
 
 namespace qk::simt {
+
+int occupancy_queries = 0;
+std::set<const void*> launched_kernels;
+
 namespace {
 
 cudaError_t last_error = cudaSuccess;
+
+// The emulated machine has a device of every size, so that what is kept per device never fits another configuration.
+int device_index() { return config().multiprocessors << 16 | config().blocks_per_multiprocessor; }
 
 cudaError_t record(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -32,6 +39,7 @@ bool is_cooperative(const cudaLaunchConfig_t& config) {
 
 cudaError_t max_active_blocks(int* blocks, int block_threads, size_t dynamic_shared_bytes) {
   if (block_threads <= 0 || block_threads > 1024 || dynamic_shared_bytes != 0) return record(cudaErrorInvalidValue);
+  ++occupancy_queries;
   *blocks = config().blocks_per_multiprocessor;
   return cudaSuccess;
 }
@@ -86,11 +94,12 @@ cudaError_t cudaGetLastError() {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = qk::simt::device_index();
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != qk::simt::device_index()) return qk::simt::record(cudaErrorInvalidValue);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = qk::simt::config().multiprocessors;

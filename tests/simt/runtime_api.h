@@ -2,6 +2,8 @@
 // order; streams are accepted and ignored.
 #pragma once
 
+#include <set>
+
 #include "simt.h"
 
 enum cudaError_t : int {
@@ -39,6 +41,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaMemsetAsync(void* destination, int byte, size_t bytes, cudaStream_t stream = nullptr);
 
 namespace qk::simt {
+extern int occupancy_queries;                   // since the program began
+extern std::set<const void*> launched_kernels;  // since they were last taken
 cudaError_t max_active_blocks(int* blocks, int block_threads, size_t dynamic_shared_bytes);
 cudaError_t run_configured(const cudaLaunchConfig_t& config, void (*body)(void*), void* arguments);
 }  // namespace qk::simt
@@ -55,7 +59,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
-  } call{kernel, std::tuple<Parameters...>(static_cast<Arguments&&>(arguments)...)};
+  };
+  qk::simt::launched_kernels.insert(reinterpret_cast<const void*>(kernel));
+  Call call{kernel, std::tuple<Parameters...>(static_cast<Arguments&&>(arguments)...)};
   const auto body = [](void* pointer) {
     const Call& bound = *static_cast<const Call*>(pointer);
     std::apply(bound.kernel, bound.arguments);
