@@ -1,9 +1,9 @@
 """Builds quantkernels/_C.so, the operators for PyTorch, and quantkernels/_tensorflow.so, those for TensorFlow.
 
-Both hold the CPU kernels, _C.so the CUDA kernels too when there is an nvcc. It uses LibTorch's stable ABI only and
-holds no Python symbol, so one build serves every Python and every torch from 2.10 on. _tensorflow.so uses TensorFlow's
-C API only, which csrc/tensorflow/c_api.h declares; building it needs no TensorFlow. ninja compiles in parallel and only
-what changed. Environment:
+Both hold the CPU kernels, _C.so the CUDA kernels too when there is an nvcc. _C.so uses LibTorch's stable ABI only and
+holds no Python symbol, so one build serves every Python and every torch
+from 2.10 on. _tensorflow.so uses TensorFlow's C API only, which csrc/tensorflow/c_api.h declares: no TensorFlow is
+needed to build it. ninja compiles in parallel and only what changed. Environment:
 
     QUANTKERNELS_CUDA        1: a missing nvcc is an error; 0: CPU only; unset: CUDA if nvcc is found
     QUANTKERNELS_WERROR      1: compiler warnings are errors

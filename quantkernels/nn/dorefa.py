@@ -12,6 +12,7 @@ from quantkernels import functional
 from quantkernels.grids import OFF as OFF
 from quantkernels.nn.fake_quantize import clamped
 
+
 class DoReFaWeight(nn.Module):
     """Quantizes a weight to `bits` bits: sign(w) * mean|w| at one bit, a grid over the normalised tanh above.
 
