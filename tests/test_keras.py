@@ -497,3 +497,105 @@ def test_another_backend_is_refused() -> None:
     script = "import keras\nkeras.backend.backend = lambda: 'jax'\nimport quantkernels.keras"
     result = run_python(script, "tensorflow")
     assert "expected the Keras backend to be tensorflow or torch, but got jax" in result.stderr
+
+
+def digits_network() -> tuple[Any, Any]:
+    """Quantized throughout, as TFLite's integer operators want it: what it is made of, and its quantizer."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(8, 3, padding="same", name="first"),
+            keras.layers.ReLU(6.0),
+            keras.layers.DepthwiseConv2D(3, name="depthwise"),
+            keras.layers.ReLU(6.0),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10, name="head"),
+        ]
+    )
+    weights = {"quant_bits": 8, "quant_dtype": {"weight": "int"}}
+    per_channel = {**weights, "quant_scheme": {"weight": "per_channel_symmetric"}}
+    config_list = [
+        {"op_names": ["first"], "quant_types": ["weight", "input"], **per_channel},
+        {"op_names": ["depthwise"], "quant_types": ["weight"], **per_channel},
+        {"op_types": ["ReLU"], "quant_types": ["output"], "quant_bits": 8},
+        {
+            "op_names": ["head"],
+            "quant_types": ["weight", "output"],
+            **weights,
+            "quant_scheme": {"weight": "per_tensor_symmetric"},
+        },
+    ]
+    return model, QAT_Quantizer(model, config_list)
+
+
+def trained_on_digits() -> tuple[Any, Any, Any]:
+    """The network trained on 1200 of scikit-learn's digits, its quantizer, and the other images."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    model, quantizer = digits_network()
+    quantizer.compress()
+    model.compile(keras.optimizers.Adam(3e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(images[:1200], digits.target[:1200], epochs=4, batch_size=64, verbose=0)
+    return model, quantizer, images[1200:]
+
+
+@on_tensorflow
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated", "ignore:.*__array_wrap__")
+def test_portable_gives_a_saved_model_without_us_and_an_integer_tflite_model(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    model, quantizer, images = trained_on_digits()
+    expected = model.predict(images, verbose=0)
+    low, high = as_torch(model.get_layer("head").output_quantizer.range).tolist()
+    step = (max(high, 0.0) - min(low, 0.0)) / 255
+    folder = str(tmp_path / "saved")
+    with quantizer.portable():
+        model.export(folder, verbose=False)
+    assert np.array_equal(model.predict(images, verbose=0), expected)
+
+    np.save(tmp_path / "images.npy", images)
+    result = run_python(
+        "import sys, numpy as np, tensorflow as tf\n"
+        f"model = tf.saved_model.load({folder!r})\n"
+        f"y = model.serve(tf.constant(np.load({str(tmp_path / 'images.npy')!r})))\n"
+        f"np.save({str(tmp_path / 'y.npy')!r}, y.numpy())\nassert 'quantkernels' not in sys.modules\n",
+        "tensorflow",
+    )
+    assert result.returncode == 0, result.stderr
+    assert np.abs(np.load(tmp_path / "y.npy") - expected).max() <= 1.001 * step
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    interpreter = tf.lite.Interpreter(model_content=converter.convert())
+    (given,), (wanted,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(given["index"], images.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given["index"], images)
+    interpreter.invoke()
+    integers = interpreter.get_tensor(wanted["index"])
+    assert np.array_equal(integers.argmax(1), expected.argmax(1))
+    assert np.abs(integers - expected).max() <= 1.001 * step
+    kernels = [t for t in interpreter.get_tensor_details() if len(t["shape"]) == 4 and t["dtype"] == np.int8]
+    assert kernels
+
+
+def test_portable_quantizes_as_training_but_for_ties() -> None:
+    model, quantizer, images = trained_on_digits()
+    expected = model.predict(images, verbose=0)
+    with quantizer.portable():
+        portable = model.predict(images, verbose=0)
+    assert np.mean(portable.argmax(1) == expected.argmax(1)) > 0.99
+    assert np.abs(portable - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_portable_dorefa() -> None:
+    model = keras_models.functional()
+    quantizer = DoReFaQuantizer(model, DOREFA_LIST)
+    quantizer.compress()
+    x = data()[0]
+    expected = model.predict(x, verbose=0)
+    with quantizer.portable():
+        portable = model.predict(x, verbose=0)
+    # The tanh of the backend is another, so a weight next to a tie may lie one level away.
+    assert np.abs(portable - expected).max() < 0.1 * np.abs(expected).max()
