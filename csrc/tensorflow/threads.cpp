@@ -26,12 +26,16 @@ int64_t thread_count() {
 // does, so that a job ends in a forked process too, where the workers are missing.
 class Pool {
  public:
+  // A thread that the system holds up then holds up a small part only.
+  static constexpr int64_t kPartsPerThread = 4;
+
   Pool() : threads_(thread_count()) {
     for (int64_t i = 1; i < threads_; ++i) std::thread([this] { serve(); }).detach();
   }
 
   void run(int64_t begin, int64_t end, int64_t grain, cpu::ParallelBody body, void* context) {
-    const int64_t parts = std::min((end - begin + grain - 1) / std::max<int64_t>(grain, 1), threads_);
+    const int64_t grains = (end - begin + grain - 1) / std::max<int64_t>(grain, 1);
+    const int64_t parts = std::min(grains, threads_ > 1 ? kPartsPerThread * threads_ : 1);
     const std::unique_lock<std::mutex> mine(in_use_, std::try_to_lock);
     if (parts <= 1 || !mine) return body(begin, end, context);
     std::unique_lock<std::mutex> lock(mutex_);
