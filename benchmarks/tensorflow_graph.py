@@ -22,7 +22,7 @@ LOW, HIGH = -3.0, 3.0
 
 
 def _step(quantize: Any) -> Any:
-    @tf.function
+    @tf.function  # type: ignore[untyped-decorator]
     def step(x: Any, gradient: Any) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)

@@ -25,7 +25,6 @@ from benchmarks.case import COPY, OURS, Case, Measurement, Workload
 from benchmarks.kernels import GRID, Setting
 from benchmarks.timing import Effort, calibrate, take_sample
 from quantkernels import functional
-from quantkernels.grids import Scheme
 
 OP = "fake_quantize, tiers"
 TIERS = "available tiers"

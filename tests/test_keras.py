@@ -541,7 +541,7 @@ def trained_on_digits() -> tuple[Any, Any, Any]:
 
 
 @on_tensorflow
-@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated", "ignore:.*__array_wrap__")
+@pytest.mark.filterwarnings("ignore:[^$]*LiteRT interpreter", "ignore:.*__array_wrap__")
 def test_portable_gives_a_saved_model_without_us_and_an_integer_tflite_model(tmp_path: Path) -> None:
     import tensorflow as tf
 
@@ -599,3 +599,19 @@ def test_portable_dorefa() -> None:
         portable = model.predict(x, verbose=0)
     # The tanh of the backend is another, so a weight next to a tie may lie one level away.
     assert np.abs(portable - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@on_tensorflow
+def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = re.search(r"^## Keras and TensorFlow\n(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert section is not None
+    blocks = re.findall(r"^```python\n(.*?)^```", section[1], re.S | re.M)
+    assert len(blocks) == 3
+    x, y = data()
+    namespace = {"model": keras_models.functional(), "another": keras_models.functional(), "x": x, "y": y}
+    for name in ("model", "another"):
+        namespace[name].compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert (tmp_path / "saved_model" / "saved_model.pb").exists()
