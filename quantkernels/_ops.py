@@ -428,6 +428,29 @@ def _(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Sequence[flo
             fail(op, f"momenta[{index}]", "greater than 0 and at most 1", f"{momentum:g}")
 
 
+@_define(
+    f"fake_quantize_learned_backward(Tensor grad_output, Tensor input, {_PER_TENSOR}, int? axis) -> "
+    "(Tensor grad_input, Tensor grad_scale, Tensor grad_zero_point)"
+)
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "fake_quantize_learned_backward"
+    _check_same_device(op, "grad_output", grad_output, input)
+    _check_given(op, input, scale, zero_point, axis, _Quantization(quant_min, quant_max))
+    _check_dtype(op, "grad_output", grad_output, input.dtype)
+    if grad_output.shape != input.shape:
+        fail(op, "grad_output", f"of shape {_shape(input)}", _shape(grad_output))
+    sums = input.new_empty((scale.numel(),), dtype=_statistic_dtype(input.dtype))
+    return _empty_like(input), sums, torch.empty_like(sums)
+
+
 @_define("straight_through(Tensor grad_output, Tensor mask, int memory_format) -> Tensor")
 def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     op = "straight_through"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkernels._ops import fail, memory_format_index
+from quantkernels._ops import MEMORY_FORMATS, fail, memory_format_index
 
 __all__ = [
     "begin_step",
@@ -28,6 +28,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_current",
     "fake_quantize_in_range",
+    "fake_quantize_learned",
     "min_max",
     "observe_fake_quantize",
     "qparams",
@@ -205,6 +206,66 @@ def _masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...])
     return output
 
 
+class _Groups(NamedTuple):
+    """How the groups of a tensor become the rows of a matrix, a scale each, and how that becomes the tensor again.
+
+    Zeros fill up a last group that is shorter: every grid has zero, so they change neither a range nor a gradient.
+    """
+
+    axis: int
+    size: int
+    group_size: int
+
+    @classmethod
+    def of(cls, op: str, input: Tensor, axis: int | None, group_size: int) -> _Groups:
+        if axis is None:
+            fail(op, "axis", "the dimension that has groups", None)
+        if not -input.dim() <= axis < input.dim():
+            fail(op, "axis", f"an axis of `input` with {input.dim()} dimensions", axis)
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            fail(op, "group_size", "an int, 1 or more", repr(group_size))
+        size = input.shape[axis]
+        return cls(axis % input.dim(), size, max(min(group_size, size), 1))
+
+    @property
+    def groups(self) -> int:
+        return -(-self.size // self.group_size)
+
+    @property
+    def filling(self) -> int:
+        return self.groups * self.group_size - self.size
+
+    def rows(self, input: Tensor) -> Tensor:
+        """[groups, group_size]; a view where the axis is innermost in memory and groups fill it."""
+        moved = input.movedim(self.axis, -1)
+        if self.filling > 0:
+            moved = torch.nn.functional.pad(moved, (0, self.filling))
+        return moved.reshape(-1, self.group_size)
+
+    def per_group(self, op: str, argument: str, parameter: Tensor, input: Tensor) -> Tensor:
+        """A parameter of the input's shape, with a group in the place of its elements: [groups]."""
+        shape = [self.groups if d == self.axis else size for d, size in enumerate(input.shape)]
+        if list(parameter.shape) != shape:
+            fail(op, argument, f"of shape {shape}", list(parameter.shape))
+        return parameter.movedim(self.axis, -1).reshape(-1)
+
+    def elements(self, input: Tensor) -> int | Tensor:
+        """How many of the input's elements share a scale; [groups] where the last groups have fewer."""
+        if self.filling == 0:
+            return self.group_size
+        others = input.numel() // self.size
+        elements = torch.full((others, self.groups), self.group_size, dtype=torch.float64, device=input.device)
+        elements[:, -1] -= self.filling
+        return elements.reshape(-1)
+
+    def restore(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The tensor, in the memory format of `like`."""
+        sizes = [size for d, size in enumerate(like.shape) if d != self.axis]
+        moved = rows.reshape(*sizes, self.groups * self.group_size)[..., : self.size]
+        memory_format = MEMORY_FORMATS[memory_format_index(like)]
+        return moved.movedim(-1, self.axis).contiguous(memory_format=memory_format)
+
+
 def _operator_bounds(bounds: Bounds | None) -> tuple[float | None, float | None]:
     """As operators take them: a bound that is infinite is None."""
     if bounds is None:
@@ -236,6 +297,7 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     *,
+    group_size: int | None = None,
     bounds: Bounds | None = None,
     inplace: bool = False,
 ) -> Tensor:
@@ -247,11 +309,13 @@ def fake_quantize(
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16. Half formats are computed in float32.
-        scale: positive number, or float32 tensor of one element (of ``input.shape[axis]`` with `axis`).
+        scale: positive number, or float32 tensor of one element (of ``input.shape[axis]`` with `axis`; with
+            `group_size` of the input's shape, but as many along `axis` as there are groups).
         zero_point: int, or int32 tensor of the same shape; within the grid.
         quant_min: lowest integer, -2^15 to 0.
         quant_max: highest integer, up to 2^16 - 1.
         axis: the dimension with one scale and zero point per index; None for one of each.
+        group_size: elements along `axis` that share a scale and zero point; the last group may be shorter.
         bounds: ``(low, high)`` of a clamp-type activation applied first: ReLU is ``(0, inf)``, ReLU6 ``(0, 6)``.
         inplace: write the result into `input`.
 
@@ -263,6 +327,14 @@ def fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
+    if group_size is not None:
+        op = "fake_quantize"
+        groups = _Groups.of(op, input, axis, group_size)
+        scale = groups.per_group(op, "scale", _as_tensor("scale", scale, torch.float32, input), input)
+        zero_point = groups.per_group(op, "zero_point", _as_tensor("zero_point", zero_point, torch.int32, input), input)
+        rows = groups.rows(input)
+        y = groups.restore(fake_quantize(rows, scale, zero_point, quant_min, quant_max, 0, bounds=bounds), input)
+        return input.copy_(y) if inplace else y
     tensors = isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
     if tensors and axis is None and bounds is None:
         if inplace or _needs_grad(input):
@@ -365,6 +437,7 @@ def fake_quantize_current(
     *,
     symmetric: bool = False,
     axis: int | None = None,
+    group_size: int | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
     """Fake-quantizes with the input's own range. Pure: there is no state to grow old.
@@ -377,6 +450,8 @@ def fake_quantize_current(
         quant_max: highest integer of the grid.
         symmetric: the zero point is fixed to the middle of the grid.
         axis: the dimension with a range per index; None for one range.
+        group_size: elements along `axis` that share a range; the last group may be shorter. The dimension's size, or
+            more, gives one range for every index of the others: with ``axis=-1`` one per token.
         active: float32 [2]: while it is (0, 0) the input passes unquantized, which is decided on its device.
 
     Returns:
@@ -387,7 +462,117 @@ def fake_quantize_current(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
+    if group_size is not None:
+        groups = _Groups.of("fake_quantize_current", input, axis, group_size)
+        arguments = (active, quant_min, quant_max, symmetric, 0)
+        return groups.restore(_masked("fake_quantize_current", groups.rows(input), False, arguments), input)
     return _masked("fake_quantize_current", input, False, (active, quant_min, quant_max, symmetric, axis))
+
+
+class _Learned(torch.autograd.Function):
+    """Fake quantization whose scale and zero point have gradients; a zero point of None is 0 and has none.
+
+    ``elements`` is how many share a scale, a number or one for every scale.
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        quant_min: int,
+        quant_max: int,
+        axis: int | None,
+        elements: int | Tensor,
+    ) -> Tensor:
+        levels = _rounded_zero_point(scale, zero_point, quant_min, quant_max)
+        quantize = _operators().masked["fake_quantize"][0]
+        output: Tensor = quantize(input, scale.float(), levels, quant_min, quant_max, axis, None, None)[0]
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, scale, zero_point, *ctx.options = inputs
+        ctx.save_for_backward(input, scale, zero_point)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        input, scale, zero_point = ctx.saved_tensors
+        quant_min, quant_max, axis, elements = ctx.options
+        levels = _rounded_zero_point(scale, zero_point, quant_min, quant_max)
+        grad_input, grad_scale, grad_zero_point = _raw.fake_quantize_learned_backward(
+            grad_outputs[0], input, scale.float(), levels, quant_min, quant_max, axis
+        )
+        weight = (quant_max * elements) ** -0.5
+        grad_scale = (grad_scale * weight).to(scale.dtype).reshape(scale.shape)
+        if zero_point is None:
+            return grad_input, grad_scale, None, None, None, None, None
+        grad_zero_point = (grad_zero_point * weight).to(zero_point.dtype).reshape(zero_point.shape)
+        return grad_input, grad_scale, grad_zero_point, None, None, None, None
+
+
+def _rounded_zero_point(scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
+    if zero_point is None:
+        return torch.zeros_like(scale, dtype=torch.int32)
+    return zero_point.detach().round().clamp(quant_min, quant_max).to(torch.int32)
+
+
+def fake_quantize_learned(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Fake quantization whose scale, and zero point if there is one, are learned (LSQ, LSQ+).
+
+    Forward as :func:`fake_quantize`, with the zero point rounded and clamped to the grid. With v = x / scale, z the
+    zero point and sums over the N elements that share a scale:
+
+    - scale: ``g * sum(grad_output * f)``, f = quant_min - z below the grid, quant_max - z above, rint(v) - v inside;
+    - zero point: ``g * sum(grad_output * -scale)`` over what is outside the grid;
+    - input: the incoming gradient inside the grid, else 0. ``g = 1 / sqrt(N * quant_max)``.
+
+    Sums are in float64, in an order that depends on no number of threads. `input` is kept for the backward pass.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16.
+        scale: positive, floating, of one element; of ``input.shape[axis]`` with `axis`; with `group_size` of the
+            input's shape, but as many along `axis` as there are groups. Used as float32.
+        zero_point: floating, of the shape of `scale`; None is 0.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid, at least 1.
+        axis: the dimension with a scale per index; None for one scale.
+        group_size: elements along `axis` that share a scale; the last group may be shorter.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`. Differentiable once.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Esser et al. 2020, arXiv 1902.08153; Bhalgat et al. 2020, arXiv 2004.09576.
+    """
+    op = "fake_quantize_learned"
+    for argument, parameter in (("scale", scale), ("zero_point", zero_point)):
+        if parameter is not None and not parameter.is_floating_point():
+            fail(op, argument, "floating", str(parameter.dtype).removeprefix("torch."))
+    if quant_max < 1:
+        fail(op, "quant_max", "at least 1", quant_max)
+    if group_size is None:
+        elements = max(input.numel() // max(scale.numel(), 1), 1)
+        return _apply(_Learned, input, scale, zero_point, quant_min, quant_max, axis, elements)
+    groups = _Groups.of(op, input, axis, group_size)
+    scale = groups.per_group(op, "scale", scale, input)
+    if zero_point is not None:
+        zero_point = groups.per_group(op, "zero_point", zero_point, input)
+    rows = groups.rows(input)
+    y = _apply(_Learned, rows, scale, zero_point, quant_min, quant_max, 0, groups.elements(input))
+    return groups.restore(y, input)
 
 
 def begin_step(

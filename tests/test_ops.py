@@ -61,6 +61,11 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         [0, 5],
     ),
     "end_step": lambda: ([ranges()[0], ranges(3)[0]], [ranges()[0], ranges(3)[1]], [0.01, 1.0], torch.tensor([3])),
+    "fake_quantize_learned_backward": lambda: (torch.randn(5, 7), torch.randn(5, 7), *scale_of(), -8, 7, None),
+    "fake_quantize_learned_backward per channel": lambda: (
+        *(torch.randn(5, 7).double(), torch.randn(7, 5).double().t(), *scale_of(7)),
+        *(-8, 7, 1),
+    ),
     "straight_through": lambda: (torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8), 0),
     "straight_through channels_last": lambda: (
         torch.randn(2, 3, 4, 5),
@@ -151,6 +156,9 @@ ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
     ("end_step", 2, lambda: [0.5, 0.0], "`momenta[1]` to be greater than 0 and at most 1", "0"),
     ("end_step", 2, lambda: [1.5, 0.0], "`momenta[0]` to be greater than 0 and at most 1", "1.5"),
     ("end_step", 3, lambda: torch.zeros(2, dtype=torch.int64), "`step` to be of one element", "[2]"),
+    ("fake_quantize_learned_backward", 0, lambda: torch.ones(5, 6), "`grad_output` to be of shape [5, 7]", "[5, 6]"),
+    ("fake_quantize_learned_backward", 0, lambda: torch.ones(5, 7).half(), "`grad_output` to be float32", "float16"),
+    ("fake_quantize_learned_backward", 2, lambda: torch.ones(2), "`scale` to be of shape [1]", "[2]"),
     ("straight_through", 1, lambda: torch.zeros(4, dtype=torch.uint8), "`mask` to be of shape [5]", "[4]"),
     ("straight_through", 1, lambda: torch.zeros(5), "`mask` to be uint8", "float32"),
     ("straight_through", 2, lambda: 1, f"`memory_format` to be {FORMATS}", "1 with 2 dimensions"),
@@ -217,6 +225,31 @@ def test_numbers_are_checked(kwargs: dict[str, Any], expected: str, actual: str)
     with pytest.raises(RuntimeError) as error:
         functional.fake_quantize(torch.ones(3), **arguments)
     assert str(error.value) == f"fake_quantize: expected {expected}, but got {actual}"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected", "actual"),
+    [
+        ("fake_quantize_current", {"group_size": 4}, "`axis` to be the dimension that has groups", "None"),
+        ("fake_quantize_current", {"group_size": 0, "axis": 1}, "`group_size` to be an int, 1 or more", "0"),
+        (
+            "fake_quantize_current",
+            {"group_size": 4, "axis": 2},
+            "`axis` to be an axis of `input` with 2 dimensions",
+            "2",
+        ),
+        ("fake_quantize_learned", {"group_size": 4, "axis": 1}, "`scale` to be of shape [3, 2]", "[1]"),
+        ("fake_quantize_learned", {"quant_max": 0}, "`quant_max` to be at least 1", "0"),
+        ("fake_quantize_learned", {"zero_point": torch.zeros(1).int()}, "`zero_point` to be floating", "int32"),
+    ],
+)
+def test_misuse_of_groups_and_learned_scales(name: str, arguments: dict[str, Any], expected: str, actual: str) -> None:
+    required: dict[str, Any] = {"quant_min": -8, "quant_max": 7}
+    if name == "fake_quantize_learned":
+        required["scale"] = torch.ones(1)
+    with pytest.raises(RuntimeError) as error:
+        getattr(functional, name)(torch.ones(3, 7), **{**required, **arguments})
+    assert str(error.value) == f"{name}: expected {expected}, but got {actual}"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ QK_INLINE QuantizationParameters choose_parameters(float range_min, float range_
   return {scale, static_cast<int32_t>(clamp(zero_point, static_cast<float>(quant_min), static_cast<float>(quant_max)))};
 }
 
+// A zero point outside the grid becomes the grid's end.
+QK_INLINE int32_t inside_grid(int32_t zero_point, int32_t quant_min, int32_t quant_max) {
+  return zero_point < quant_min ? quant_min : zero_point > quant_max ? quant_max : zero_point;
+}
+
 struct Range {
   float min;
   float max;

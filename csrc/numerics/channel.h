@@ -16,16 +16,12 @@ QK_INLINE bool passes_through(const AffineJob& job, int64_t channel) {
   return job.range != nullptr && !has_grid(range_of(job.range, job.view.channels, channel));
 }
 
-// A zero point outside the grid becomes the grid's end.
 QK_INLINE QuantizationParameters channel_parameters(const AffineJob& job, int64_t channel) {
   if (job.range != nullptr) {
     const Range range = range_of(job.range, job.view.channels, channel);
     return choose_parameters(range.min, range.max, job.quant_min, job.quant_max, job.symmetric);
   }
-  const int32_t zero_point = job.zero_point[channel];
-  return {job.scale[channel], zero_point < job.quant_min   ? job.quant_min
-                              : zero_point > job.quant_max ? job.quant_max
-                                                           : zero_point};
+  return {job.scale[channel], inside_grid(job.zero_point[channel], job.quant_min, job.quant_max)};
 }
 
 template <class S, class T = typename ComputeType<S>::type>
