@@ -101,6 +101,46 @@ def test_fake_quantize_per_channel_with_a_scale_out_of_range(scale: float, dtype
         assert_matches_reference("fake_quantize", x.T.contiguous(), scales, zero_point, 0, 255, 0)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("inner", [32, 48, 256, 272])
+@pytest.mark.parametrize("grid", [(-8, 7), (0, 65535)], ids=str)
+def test_fake_quantize_short_runs(grid: tuple[int, int], inner: int, dtype: torch.dtype) -> None:
+    """Runs of whole vectors of one channel, up to and beyond the length that is called short, next to their ties."""
+    generator = torch.Generator().manual_seed(inner)
+    scale = torch.exp2(torch.randn(37, generator=generator) * 8)
+    extreme = torch.where(torch.arange(37) % 5 == 0, 2.0**-120, scale)
+    zero_point = torch.randint(grid[0], min(grid[1], 255) + 1, (37,), generator=generator, dtype=torch.int32)
+    ends = [[grid[0] - z, grid[1] - z] for z in zero_point.tolist()]
+    for scales in (scale, extreme):
+        rows = [
+            torch.cat([cases.near_ties(float(s), range(e - 1, e + 1), dtype) for e in end])
+            for s, end in zip(scales, ends, strict=True)
+        ]
+        x = torch.cat([cases.sample((3, 37, inner - 20), dtype), torch.stack(rows).expand(3, 37, 20)], 2)
+        for bounds in (None, (0.0, 6.0)):
+            assert_matches_reference("fake_quantize", x, scales, zero_point, *grid, 1, bounds=bounds)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, math.nan, math.inf, 1e-40])
+def test_fake_quantize_short_runs_with_a_scale_out_of_range(scale: float) -> None:
+    scales = torch.tensor([scale if channel % 3 else 0.1 for channel in range(24)])
+    zero_point = torch.full((24,), 3, dtype=torch.int32)
+    for bounds in (None, (0.0, 6.0)):
+        x = cases.sample((24, 64), torch.float32)
+        assert_matches_reference("fake_quantize", x, scales, zero_point, 0, 255, 0, bounds=bounds)
+
+
+def test_fake_quantize_short_runs_in_ranges_that_have_seen_nothing() -> None:
+    known = torch.stack((torch.full((70,), -1.0), torch.full((70,), 2.0)))
+    known[:, 40] = 0.0
+    known[:, 41] = math.nan
+    x = cases.sample((70, 32), torch.float32)
+    for bounds in (None, (0.0, 6.0)):
+        kwargs: dict[str, Any] = {"axis": 0, "bounds": bounds}
+        for actual, expected in zip(*run_observed("fake_quantize_in_range", x, known, **kwargs), strict=True):
+            assert_same_bits(actual, expected)
+
+
 def test_fake_quantize_per_channel_with_mixed_modes() -> None:
     scale = torch.tensor([0.1, 2.0**-120, 1e30, 0.5, 1e-3, 0.01, 7.0])
     zero_point = torch.tensor([0, 1, 2, 3, 4, 5, 6], dtype=torch.int32)

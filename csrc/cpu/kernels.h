@@ -35,8 +35,12 @@ struct AffineTable {
   // [pages, kConstants, kSlots] of the compute type, on cache lines; [kConstants] for a single channel.
   void* constants;
   uint8_t* modes;  // [slots]: AffineMode
-  int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel
+  int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel, 0 for short runs
 
+  // Runs of a channel so short, and of whole vectors, that their constants are computed where they are needed.
+  static bool has_short_runs(const ChannelView& view) {
+    return view.channels > 1 && view.inner % kLanes == 0 && view.inner <= 16 * kLanes;
+  }
   static bool has_entry_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
   static int64_t pages(int64_t slots) { return (slots + kSlots - 1) / kSlots; }
   static int64_t slot(int64_t entry) { return entry / kEntries * kSlots + entry % kEntries; }

@@ -98,8 +98,9 @@ int64_t element_size(DType dtype) {
 class JobConstants {
  public:
   JobConstants(const Kernels& kernels, const AffineJob& job, ParallelFor parallel_for) {
-    const int64_t slots = AffineTable::slots_for(job.view);
-    if (slots == 1) {
+    const bool has_table = job.pending != nullptr || !AffineTable::has_short_runs(job.view);
+    const int64_t slots = has_table ? AffineTable::slots_for(job.view) : 0;
+    if (slots <= 1) {
       table_ = {single_, &single_mode_, slots};
     } else {
       const int64_t constants = AffineTable::pages(slots) * AffineTable::kConstants * AffineTable::kSlots;
@@ -217,8 +218,12 @@ void store_range(const RangeJob& job, ParallelFor parallel_for) {
   }
   const ChannelExtrema<T> extrema = reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for);
   for (int64_t c = 0; c < channels; ++c) {
-    job.range[c] = static_cast<float>(extrema.min[static_cast<size_t>(c)]);
-    job.range[channels + c] = static_cast<float>(extrema.max[static_cast<size_t>(c)]);
+    const float min = static_cast<float>(extrema.min[static_cast<size_t>(c)]);
+    const float max = static_cast<float>(extrema.max[static_cast<size_t>(c)]);
+    // Zeros alone would pass through, which takes loops that are slower for all channels; every grid gives zeros.
+    const bool zeros = extrema.min[static_cast<size_t>(c)] == T(0) && extrema.max[static_cast<size_t>(c)] == T(0);
+    job.range[c] = min;
+    job.range[channels + c] = zeros ? 1.0f : max;
   }
 }
 

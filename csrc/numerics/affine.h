@@ -6,25 +6,13 @@
 //     mask = low < x < high and quant_min <= q <= quant_max
 // behind an optional clamp-type activation x = clamp(x, low, high). Because rint(x / scale) is monotonic in x, both the
 // saturation and the mask are decided by comparing x itself with constants computed once per (scale, zero_point):
-//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the quotient
-//     (the rounded product is within 2^-24 of the grid's end, far from the next tie), and two clamps compose to one;
+//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the quotient,
+//     and two clamps compose to one;
 //   * the mask is an open interval whose ends are found by stepping through the floats next to the outermost ties.
 //
-// The division by `scale` is a multiplication by the unevaluated sum inverse_high + inverse_low of two floats, two
-// instructions instead of the divider:  x / scale = fma(x, inverse_high, x * inverse_low).
-// With 24-bit significands the error before the last rounding is below 2^-48 (x/2 + 1) for x, scale in [1, 2). A
-// quotient that is not a midpoint between two floats is at least 2^-47 / scale (x >= scale) or 2^-48 / scale (x <
-// scale) away from one. The first case is proved by these bounds alone; in the second only the least distance is open,
-// which for each midpoint M (25 bits) is met by the significands S = +-1/M mod 2^25 alone. Next to the ties k + 1/2,
-// k <= 2^11, no such S is a normalised significand (tests/test_numerics.py enumerates them), so rint of the quotient is
-// exact for grids within +-2^11 of the zero point, up to the first x past their ends; wider grids and extreme scales
-// divide.
-//
-// For float64 no case is open, whatever the grid and the scale. The scale is a widened float32, so a tie times the
-// scale is exact in float64, and an x other than that is at least a unit in the last place away. Divided by a
-// significand of at most 2 - 2^-23 that is more than half a unit in the last place of the tie, by 2^-25 of a unit where
-// the error before the last rounding is 2^-53: neither the division nor the two multiplications round onto the tie or
-// past it.
+// Where that is proved to give the same rint, the division by `scale` is a multiplication by the unevaluated sum
+// inverse_high + inverse_low of two floats, two instructions instead of the divider:
+// x / scale = fma(x, inverse_high, x * inverse_low). Proof and limits: docs/exact-division.md.
 #pragma once
 
 #include "half.h"
@@ -124,7 +112,7 @@ QK_INLINE V first_above(V level, V scale) {
   return least;
 }
 
-// In float64 the product is exact (above): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
+// In float64 the product is exact (docs/exact-division.md): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
 // a number is between half a unit and one and a half units in its last place.
 QK_INLINE double first_above(double level, double scale) {
   const double tie = (level + 0.5) * scale;
