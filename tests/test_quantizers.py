@@ -677,6 +677,9 @@ def test_a_pickled_model_runs_in_another_process(tmp_path: Path) -> None:
 # What compress() costs
 
 
+@pytest.mark.skipif(
+    "CI" in __import__("os").environ, reason="nothing timed may fail CI; a busy machine moves the ratio"
+)
 def test_compress_is_linear_in_the_number_of_modules() -> None:
     def seconds(pairs: int) -> float:
         import time
