@@ -6,7 +6,8 @@
 //     mask = low < x < high and quant_min <= q <= quant_max
 // behind an optional clamp-type activation x = clamp(x, low, high). Because rint(x / scale) is monotonic in x, both the
 // saturation and the mask are decided by comparing x itself with constants computed once per (scale, zero_point):
-//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the quotient,
+//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the
+//   quotient,
 //     and two clamps compose to one;
 //   * the mask is an open interval whose ends are found by stepping through the floats next to the outermost ties.
 //
@@ -112,8 +113,8 @@ QK_INLINE V first_above(V level, V scale) {
   return least;
 }
 
-// In float64 the product is exact (docs/exact-division.md): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
-// a number is between half a unit and one and a half units in its last place.
+// In float64 the product is exact (docs/exact-division.md): the tie itself where the level is odd, else the next float.
+// 3/4 of 2^-52 of a number is between half a unit and one and a half units in its last place.
 QK_INLINE double first_above(double level, double scale) {
   const double tie = (level + 0.5) * scale;
   return round_even(level + 0.5) > level ? tie : tie + tie * 0x1.8p-53;
@@ -178,8 +179,8 @@ QK_INLINE auto reciprocal_divides(V scale, V level_min, V level_max) {
 
 // Computed in T, float or double (float64 tensors widen the scale), for tensors of storage type S.
 template <class S, class T = typename ComputeType<S>::type>
-QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
-                                    T high) {
+QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max,
+                                    typename ComputeType<S>::type low, typename ComputeType<S>::type high) {
   const int64_t level_min = int64_t{quant_min} - zero_point;
   const int64_t level_max = int64_t{quant_max} - zero_point;
   const bool reciprocal = reciprocal_divides<S>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
