@@ -222,15 +222,15 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
 
 
 def _masked_traced(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-    if inplace:  # a copy is functionalized to nothing, a custom operator in place to a node that exporters do not know
-        return input.copy_(_masked_traced(name, input, False, arguments))
     quantizer = MASKED[name]
     if _is_grad_enabled():
         for position in quantizer.constants:
             if arguments[position] is not None and arguments[position].requires_grad:
                 _refuse_gradient(quantizer, position)
         if input.requires_grad:
-            return apply(_Masked, input, name, False, arguments)  # type: ignore[no-any-return]
+            return apply(_Masked, input, name, inplace, arguments)  # type: ignore[no-any-return]
+    if inplace:  # a copy is functionalized to nothing, a custom operator in place to a node that exporters do not know
+        return input.copy_(quantizer.operator.traced(input, *arguments)[0])
     output: Tensor = quantizer.operator.traced(input, *arguments)[0]
     return output
 

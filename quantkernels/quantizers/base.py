@@ -344,6 +344,12 @@ class Quantizer(abc.ABC):
             for quantizer in layer.quantizers.values():
                 yield from (module for module in quantizer.modules() if hasattr(module, "enabled"))
 
+    def own_modules(self) -> set[nn.Module]:
+        """Every module that `compress()` has added to the model."""
+        return {
+            module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()
+        }
+
     def _planned_layers(self) -> list[QuantizedLayer]:
         """The layers that the entries decide, each checked against what is asked of it."""
         planned: list[QuantizedLayer] = []
@@ -520,9 +526,7 @@ class Quantizer(abc.ABC):
 
     def _state(self) -> dict[str, Tensor]:
         """The quantizer's own tensors in the model's state_dict."""
-        ours = {
-            module for layer in self.layers for quantizer in layer.quantizers.values() for module in quantizer.modules()
-        }
+        ours = self.own_modules()
         state = {STEP: self.model._buffers[STEP]}
         for name, module in self.model.named_modules(remove_duplicate=False):
             if module in ours:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkernels.nn.observers import STEP
-from quantkernels.quantizers.layers import cached, quantized_class
+from quantkernels.quantizers.layers import cached, float_class, quantized_class
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import Quantizer
@@ -142,10 +142,10 @@ def _decode(tensor: Tensor) -> dict[str, Any]:
 
 def _reduce(model: nn.Module, protocol: int) -> tuple[Any, ...]:
     cls = type(model)._uncompressed_class  # type: ignore[attr-defined]
-    reduced = cls.__reduce_ex__(model, protocol) if "_float_class" in vars(cls) else None
-    float_cls = cls if reduced is None else reduced[1][0]
+    is_layer = "_float_class" in vars(cls)
     getstate = getattr(model, "__getstate__", None)
-    return _new_model, (float_cls, reduced is not None), vars(model) if getstate is None else getstate()
+    state = vars(model) if getstate is None else getstate()
+    return _new_model, (float_class(model) if is_layer else cls, is_layer), state
 
 
 def _new_model(cls: type[nn.Module], is_layer: bool) -> nn.Module:

@@ -89,18 +89,22 @@ def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, An
     """The summary of a quantizer, measured on `batch` unless that is None."""
     measured = {} if batch is None else _measure(quantizer, batch, forward)
     layers = {layer.module: layer for layer in quantizer.layers}
-    ours = _quantizer_modules(quantizer)
+    ours = quantizer.own_modules()
+    modules = named_modules(quantizer.model)
+    step = int(quantizer.model._buffers[STEP]) if quantizer.is_compressed else 0  # type: ignore[arg-type]
     rows: list[SummaryRow] = []
-    for module in named_modules(quantizer.model):
+    for module in modules:
         layer = layers.get(module.module)
         if layer is not None and layer.quantizers:
-            rows += _rows_of_layer(quantizer, layer, measured)
+            rows += _rows_of_layer(quantizer, layer, measured, step)
         elif module.module not in ours and _has_weights(module.module):
             rows.append(SummaryRow(module.names[0], module.op_type, "-", status=_why_not(quantizer, module)))
-    return Summary(tuple(rows), tuple(config_notes(quantizer.entries, named_modules(quantizer.model))))
+    return Summary(tuple(rows), tuple(config_notes(quantizer.entries, modules)))
 
 
-def _rows_of_layer(quantizer: Quantizer, layer: QuantizedLayer, measured: dict[nn.Module, Any]) -> list[SummaryRow]:
+def _rows_of_layer(
+    quantizer: Quantizer, layer: QuantizedLayer, measured: dict[nn.Module, Any], step: int
+) -> list[SummaryRow]:
     from quantkernels.quantizers.base import idle_reasons
 
     idle = {reason.partition(":")[0]: reason.partition(": ")[2] for reason in idle_reasons(layer)}
@@ -108,12 +112,11 @@ def _rows_of_layer(quantizer: Quantizer, layer: QuantizedLayer, measured: dict[n
     for quant_type, container in layer.quantizers.items():
         modules: list[Any] = [module for module in container.modules() if hasattr(module, "grid")]
         grid = modules[0].grid()
-        status = _status(quantizer, layer, quant_type, modules, idle)
+        clipped, sqnr = measured.get(modules[0], (None, None))
         if quant_type == "weight":
-            observed, clipped, sqnr = _weight_figures(layer, modules[0])
+            observed, sqnr = _weight_figures(layer, modules[0])
         else:
             observed = _observed_range(modules)
-            clipped, sqnr = measured.get(modules[0], (None, None))
         rows.append(
             SummaryRow(
                 layer.name,
@@ -125,16 +128,20 @@ def _rows_of_layer(quantizer: Quantizer, layer: QuantizedLayer, measured: dict[n
                 observed,
                 clipped,
                 sqnr,
-                status,
+                _status(quantizer, layer, quant_type, modules, idle, step),
             )
         )
     return rows
 
 
 def _status(
-    quantizer: Quantizer, layer: QuantizedLayer, quant_type: str, modules: Sequence[Any], idle: dict[str, str]
+    quantizer: Quantizer,
+    layer: QuantizedLayer,
+    quant_type: str,
+    modules: Sequence[Any],
+    idle: dict[str, str],
+    step: int,
 ) -> str:
-    step = int(quantizer.model._buffers[STEP]) if quantizer.is_compressed else 0  # type: ignore[arg-type]
     if not all(module.enabled for module in modules):
         return "switched off"
     if quantizer._training_forwards and quant_type in idle:
@@ -166,10 +173,6 @@ def _has_weights(module: nn.Module) -> bool:
     return any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values())
 
 
-def _quantizer_modules(quantizer: Quantizer) -> set[nn.Module]:
-    return {module for layer in quantizer.layers for child in layer.quantizers.values() for module in child.modules()}
-
-
 def _observed_range(modules: Sequence[Any]) -> tuple[float, float] | None:
     ranges = [module.observed_range for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
     if not ranges or not bool(ranges[0].any()):
@@ -178,16 +181,17 @@ def _observed_range(modules: Sequence[Any]) -> tuple[float, float] | None:
 
 
 @torch.no_grad()
-def _weight_figures(layer: QuantizedLayer, quantizer: nn.Module) -> tuple[Any, float | None, float | None]:
+def _weight_figures(layer: QuantizedLayer, quantizer: Any) -> tuple[tuple[float, float] | None, float | None]:
+    """(least, greatest) of the weight, and its SQNR."""
     weight = getattr(layer.module, "weight", None)
     weight = getattr(layer.module, "in_proj_weight", None) if weight is None else weight
     if not isinstance(weight, Tensor) or weight.is_meta or weight.numel() == 0:
-        return None, None, None
-    before, training = dict(vars(quantizer)), quantizer.training
+        return None, None
+    has_run, training = quantizer.has_run, quantizer.training
     quantized = quantizer.eval()(weight)
     quantizer.train(training)
-    vars(quantizer).update({key: before[key] for key in ("has_run",) if key in before})
-    return (float(weight.min()), float(weight.max())), None, _sqnr(weight, quantized)
+    quantizer.has_run = has_run
+    return (float(weight.min()), float(weight.max())), _sqnr(weight, quantized)
 
 
 def _measure(
