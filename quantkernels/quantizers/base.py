@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -429,6 +430,84 @@ class Quantizer(abc.ABC):
             Rows and notes; see Summary. This reads tensors, so it is not for the inside of a training step.
         """
         return summarize(self, batch, forward or _call)
+
+    def export_model(
+        self,
+        model_path: str | os.PathLike[str],
+        calibration_path: str | os.PathLike[str] | None = None,
+        onnx_path: str | os.PathLike[str] | None = None,
+        input_shape: Sequence[int] | None = None,
+        device: object = None,
+        *,
+        dummy_input: Batch | None = None,
+        profile: str = "onnxruntime",
+        opset: int = 21,
+        verify: bool = True,
+    ) -> dict[str, dict[str, Any]]:
+        """Writes the float weights, the calibration config and an integer ONNX model. The model stays compressed.
+
+        The ONNX model has integer weights behind DequantizeLinear, QuantizeLinear and DequantizeLinear where inputs and
+        outputs are quantized, int32 biases, and batch norm folded. It takes a batch of any size.
+
+        Args:
+            model_path: gets the state_dict of the float model, by torch.save.
+            calibration_path: gets the calibration config: JSON if the name ends in '.json', else by torch.save.
+            onnx_path: gets the ONNX model; needs the extra 'onnx', and `input_shape` or `dummy_input`.
+            input_shape: the shape of the model's input; random numbers of that shape stand for it.
+            device: taken for NNI's sake; the export runs on the CPU.
+            dummy_input: the model's input, better than random numbers for the verification: a tensor, a tuple of
+                positional arguments, or a dict of named ones. Without it the quantizer's own.
+            profile: the engine that the ONNX model is for: 'onnxruntime', 'openvino', 'tensorrt' or 'executorch'.
+            opset: of the ONNX model, 21 to 25.
+            verify: run the ONNX model in ONNX Runtime, with and without optimisation, against the evaluated model.
+
+        Returns:
+            The calibration config: see quantkernels.export.calibration.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: a layer cannot be exported; it is named.
+            VerificationError: the ONNX model computes something else; the first tensor that differs is named.
+                In all these cases no file is changed, and none is ever left half written.
+        """
+        from quantkernels import export
+
+        return export.export_model(
+            self,
+            model_path,
+            calibration_path,
+            onnx_path,
+            input_shape,
+            dummy_input,
+            profile=profile,
+            opset=opset,
+            verify=verify,
+        )
+
+    def load_calibration_config(self, config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+        """Sets the observed ranges to those of a calibration config, or of the file that holds one.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: the config is not this model's; the layer and the key are named, nothing is changed.
+        """
+        from quantkernels import export
+
+        export.load_calibration_config(self, config)
+
+    def convert(self) -> nn.Module:
+        """A copy of the model for inference: integer weights, fixed grids, torch's own operators, no training state.
+
+        It computes what the evaluated model does. torch.export, torch.compile, AOTInductor and safetensors take it, and
+        what torch.export and AOTInductor save loads without quantkernels. Weights of up to 8 bits take a byte each.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: a layer cannot be converted; it is named.
+        """
+        from quantkernels import export
+
+        return export.convert(self)
 
     def quantizer_modules(self) -> Iterator[Any]:
         """The modules that quantize, in the model's order."""

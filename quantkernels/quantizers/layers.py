@@ -249,7 +249,9 @@ def _with_quantized_weights(cls: type[nn.Module], module: Any, args: Any, kwargs
         for owner, name, quantizer in _weights(module):
             fold = getattr(owner, "_fold", None)
             value = quantizer(getattr(owner, name)) if fold is None else fold(quantizer, getattr(owner, name))
-            holder: dict[str, Any] = owner._parameters if name in owner._parameters else vars(owner)
+            parameters: dict[str, Any] = owner._parameters
+            buffers: dict[str, Any] = owner._buffers  # a converted layer's integers
+            holder = parameters if name in parameters else buffers if name in buffers else vars(owner)
             key = name if name in holder else _IN_CALL
             if key is _IN_CALL and not _can_be_put_in_place(type(owner), name):
                 raise RuntimeError(
