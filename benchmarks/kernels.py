@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -433,6 +434,57 @@ def dorefa_gradient(setting: Setting) -> Case:
     return Case(setting.workload("dorefa_gradient", BACKWARD), candidates, expected, _bytes(setting, 3))
 
 
+FLOAT, APART = "float", "apart"
+
+
+def batch_norm_fake_quantize(setting: Setting) -> Case:
+    """Batch norm, ReLU6, observation and fake quantization in one, against float's two and today's two operators."""
+    shape = image_shape(setting.numel)
+    x = _input(setting, shape if len(shape) > 1 else (*shape, 1), spread=2.0).requires_grad_()
+    g = torch.ones_like(x) * 0.5
+    channels = x.shape[1]
+    leaves = [x, *(torch.full((channels,), v, device=x.device, requires_grad=True) for v in (1.0, 0.1))]
+    active = torch.tensor([0.0, 4.0], device=x.device)
+    bounds = (0.0, 6.0)
+
+    def differentiated(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        running = [torch.zeros(channels, device=x.device), torch.ones(channels, device=x.device)]
+        pending = torch.tensor([math.inf, -math.inf], device=x.device)
+
+        def run() -> tuple[Tensor, ...]:
+            y = function(running, pending)
+            return y, *torch.autograd.grad(y, leaves, g)
+
+        return run
+
+    def fused(module: Any) -> Callable[..., Tensor]:
+        def run(running: list[Tensor], pending: Tensor) -> Tensor:
+            grid = (active, pending, _QUANT_MIN, _QUANT_MAX)
+            y: Tensor = module.batch_norm_fake_quantize(x, *running, *leaves[1:], *grid, bounds=bounds)
+            return y
+
+        return run
+
+    def norm(running: list[Tensor]) -> Tensor:
+        weight, bias = leaves[1:]
+        return torch.nn.functional.batch_norm(x, running[0], running[1], weight, bias, training=True)
+
+    def apart(running: list[Tensor], pending: Tensor) -> Tensor:
+        grid = (active, pending, _QUANT_MIN, _QUANT_MAX)
+        return functional.observe_fake_quantize(norm(running), *grid, bounds=bounds, inplace=True)
+
+    candidates = {
+        FLOAT: Candidate(
+            differentiated(lambda running, pending: torch.nn.functional.relu6(norm(running), True)), tolerance=None
+        ),
+        OURS: Candidate(differentiated(fused(functional)), tolerance=1e-5),
+        APART: Candidate(differentiated(apart), tolerance=None),
+    }
+    expected = differentiated(fused(reference))
+    workload = setting.workload("batch_norm + relu6 + observe_fake_quantize", FORWARD_BACKWARD)
+    return Case(workload, candidates, expected, _bytes(setting, 8, 3), FLOAT)
+
+
 ONE_THREAD, ALL_THREADS = "1 thread", "all threads"
 THREADS_OP = "fake_quantize, threads"
 
@@ -475,6 +527,7 @@ GRID: dict[str, Builder] = {
     "relu6 + observe_fake_quantize": _relu6_observe_fake_quantize,
     "fake_quantize_current": fake_quantize_current,
     "fake_quantize_current per channel": functools.partial(fake_quantize_current, axis=0),
+    "batch_norm + relu6 + observe_fake_quantize": batch_norm_fake_quantize,
     "dorefa_weight": _in_phase(dorefa_weight, FORWARD_BACKWARD),
     "dorefa_activation": _in_phase(dorefa_activation, FORWARD_BACKWARD),
     "dorefa_gradient": dorefa_gradient,

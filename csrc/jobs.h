@@ -140,4 +140,37 @@ struct DoReFaGradientJob {
   int64_t stream;
 };
 
+// Batch norm behind a convolution or a linear layer, then the quantization of a whole tensor: its view is one channel,
+// and its input and output are those of the job. Statistics and parameters are of the compute type, double for float64
+// and float otherwise.
+struct BatchNormJob {
+  AffineJob quantization;
+  ChannelView view;
+  const void* weight;  // [channels], or null for ones
+  const void* bias;    // [channels], or null for zeros
+  void* running_mean;  // [channels], or null: moved towards the batch's, and read where the statistics are frozen
+  void* running_var;
+  void* mean;         // [channels], written: what was taken away
+  void* inverse_std;  // [channels], written: what was multiplied with
+  bool frozen;        // the running statistics in place of the batch's
+  double momentum;
+  double eps;
+};
+
+// The gradients of that: of the input, and of weight and bias, which are those of ones and zeros where they are null.
+struct BatchNormGradientJob {
+  DType dtype;
+  const void* grad_output;
+  const void* input;
+  const uint8_t* mask;
+  ChannelView view;
+  const void* weight;  // [channels] or null
+  const void* mean;
+  const void* inverse_std;
+  bool frozen;  // the statistics do not depend on the input
+  void* grad_input;
+  void* grad_weight;  // [channels]
+  void* grad_bias;    // [channels]
+};
+
 }  // namespace qk

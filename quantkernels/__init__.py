@@ -4,7 +4,7 @@ The quantizers instrument a whole model; :mod:`quantkernels.nn` has the modules 
 :mod:`quantkernels.functional` the operators, :mod:`quantkernels.reference` the same in plain PyTorch.
 """
 
-from quantkernels import functional, reference
+from quantkernels import functional, recipes, reference
 from quantkernels import nn as nn  # not in __all__: a star import must not shadow torch's
 from quantkernels.quantizers import (
     DoReFaQuantizer,
@@ -23,5 +23,6 @@ __all__ = [
     "QAT_Quantizer",
     "Quantizer",
     "functional",
+    "recipes",
     "reference",
 ]

@@ -545,3 +545,108 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, stream: int, in
     if inplace and not _tracing():
         _check_history("dorefa_gradient", input)
     return _record(_DoReFaGradient, input, rng_state, bits, stream, inplace)  # type: ignore[no-any-return]
+
+
+# Batch norm
+
+
+class BatchNormCall(NamedTuple):
+    """The arguments of batch norm behind which a tensor is fake-quantized, but for those that have gradients.
+
+    Attributes:
+        running_mean: [channels]; moved towards the batch's mean, or with `frozen` in its place.
+        running_var: as `running_mean`.
+        active: what is quantized with.
+        pending: widened by the extrema; None to observe nothing.
+        frozen: whether the running statistics are what is normalised with.
+        momentum: the batch's weight in the running statistics.
+        eps: added to the variance.
+        grid: quant_min, quant_max, symmetric, low, high of the raw operator.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    active: Tensor
+    pending: Tensor | None
+    frozen: bool
+    momentum: float
+    eps: float
+    grid: tuple[Any, ...]
+
+    def run(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """(output, mask, mean, inverse_std) of the raw operator."""
+        statistics = (self.running_mean, self.running_var, self.active, self.pending)
+        results: tuple[Tensor, ...]
+        if self.frozen:
+            results = _raw.frozen_batch_norm_fake_quantize(input, weight, bias, *statistics, self.eps, *self.grid)
+        else:
+            numbers = (self.momentum, self.eps, *self.grid)
+            results = _raw.batch_norm_fake_quantize(input, weight, bias, *statistics, *numbers)
+        bump_versions(self.mutated())
+        return results
+
+    def mutated(self) -> list[Tensor]:
+        """The tensors that a call writes to."""
+        written = (self.pending,) if self.frozen else (self.running_mean, self.running_var, self.pending)
+        return [tensor for tensor in written if tensor is not None]
+
+    def normalised(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, moves: bool) -> Tensor:
+        """The batch norm of `input` by torch's operator; with `moves` the running statistics follow the batch's."""
+        mean, var = (self.running_mean, self.running_var) if self.frozen or moves else (None, None)
+        return torch.nn.functional.batch_norm(
+            input, mean, var, weight, bias, not self.frozen, self.momentum if moves else 0.0, self.eps
+        )
+
+
+class _BatchNormFakeQuantize(Function):
+    """Batch norm, a clamp-type activation and fake quantization; keeps the input and a bit for each element."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, call: BatchNormCall) -> Tensor:
+        output, mask, mean, inverse_std = call.run(input, weight, bias)
+        ctx.save_for_backward(input, weight, bias, mask, mean, inverse_std)
+        ctx.call = call
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        input, weight, bias, mask, mean, inverse_std = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        if transforming() or (_is_grad_enabled() and not _tracing()):
+            return _differentiable_gradients(ctx, grad_output, (input, weight, bias), mask)
+        gradients = _raw.batch_norm_fake_quantize_backward(
+            grad_output, input, mask, weight, mean, inverse_std, ctx.call.frozen
+        )
+        wanted = ctx.needs_input_grad
+        return *(gradient if wanted[i] else None for i, gradient in enumerate(gradients)), None
+
+
+def _differentiable_gradients(
+    ctx: Any, grad_output: Tensor, inputs: tuple[Tensor | None, ...], mask: Tensor
+) -> tuple[Any, ...]:
+    """The gradients composed of torch's operators, for derivatives of them."""
+    passing = straight_through(grad_output, mask, memory_format_index(inputs[0]))  # type: ignore[arg-type]
+    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    with torch.enable_grad():
+        smooth = ctx.call.normalised(*inputs, moves=False)
+    found = iter(torch.autograd.grad(smooth, wanted, passing, create_graph=True))  # type: ignore[arg-type]
+    return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None
+
+
+def batch_norm_fake_quantize(input: Tensor, weight: Tensor | None, bias: Tensor | None, call: BatchNormCall) -> Tensor:
+    """Batch norm and what follows it, as one operator; under transforms as torch's batch norm and the quantizer's."""
+    for name in ("running_mean", "running_var", "active", "pending"):
+        constant = getattr(call, name)
+        if constant is not None and constant.requires_grad and _is_grad_enabled():
+            what = "a tensor that requires a gradient, which this operator does not have"
+            fail("batch_norm_fake_quantize", name, "a constant", what)
+    if transforming():
+        normalised = call.normalised(input, weight, bias, moves=True)
+        grid = (*call.grid[:3], None, *call.grid[3:])
+        if call.pending is None:
+            return masked("fake_quantize_in_range", normalised, False, (call.active, *grid))
+        return masked("observe_fake_quantize", normalised, False, (call.active, call.pending, *grid))
+    recorded = _is_grad_enabled() and torch._C._get_tracing_state() is None
+    if recorded and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return apply(_BatchNormFakeQuantize, input, weight, bias, call)  # type: ignore[no-any-return]
+    return call.run(input, weight, bias)[0]

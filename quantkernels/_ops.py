@@ -183,7 +183,15 @@ def memory_format_index(tensor: Tensor) -> int:
 
 
 def _empty_like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=MEMORY_FORMATS[memory_format_index(input)])
+    return _empty_in_layout(input, memory_format_index(input))
+
+
+def _empty_in_layout(like: Tensor, memory_format: int) -> Tensor:
+    """With the strides of `like` where it is dense in that layout, those of dimensions of one element included."""
+    layout = MEMORY_FORMATS[memory_format]
+    if like.is_contiguous(memory_format=layout):
+        return like.new_empty_strided(like.shape, like.stride())
+    return torch.empty_like(like, memory_format=layout)
 
 
 def _empty_mask(input: Tensor) -> Tensor:
@@ -463,7 +471,7 @@ def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     if memory_format not in (0, 1, 2) or (memory_format > 0 and grad_output.dim() != memory_format + 3):
         expected = "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)"
         fail(op, "memory_format", expected, f"{memory_format} with {grad_output.dim()} dimensions")
-    return torch.empty_like(grad_output, memory_format=MEMORY_FORMATS[memory_format])
+    return _empty_in_layout(grad_output, memory_format)
 
 
 @_define("min_max(Tensor input, int? axis) -> (Tensor min, Tensor max)")
@@ -537,6 +545,143 @@ def _(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
         fail(op, "rng_state", "contiguous", "other strides")
     _check_bits(op, bits)
     return _empty_like(grad_output)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What batch norm's statistics and parameters are in beside an input of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_batch_norm(
+    op: str,
+    input: Tensor,
+    channels: dict[str, Tensor | None],
+    ranges: dict[str, Tensor | None],
+    quantization: _Quantization,
+    frozen: bool,
+) -> None:
+    """`channels` has a number for each channel, `ranges` are per tensor; both by the names of the arguments."""
+    given = {name: tensor for name, tensor in channels.items() if tensor is not None}
+    pairs = {name: tensor for name, tensor in ranges.items() if tensor is not None}
+    for name, tensor in {**given, **pairs}.items():
+        _check_same_device(op, name, tensor, input)
+    _check_floating(op, "input", input)
+    for name, tensor in given.items():
+        _check_dtype(op, name, tensor, statistics_dtype(input.dtype))
+    for name, tensor in pairs.items():
+        _check_dtype(op, name, tensor, torch.float32)
+    _check_channels(op, given, input)
+    if (channels["running_mean"] is None) != (channels["running_var"] is None):
+        fail(op, "running_var", "given with `running_mean`", "one of the two")
+    for name, tensor in pairs.items():
+        _check_range(op, name, tensor, 1)
+        _check_contiguous(op, name, tensor)
+    if not frozen and input.numel() < 2 * input.shape[1]:
+        fail(op, "input", "of more than one value for each channel", _shape(input))
+    quantization.check(op)
+
+
+def _check_channels(op: str, channels: dict[str, Tensor], input: Tensor) -> None:
+    if input.dim() < 2:
+        fail(op, "input", "of at least 2 dimensions", _shape(input))
+    for name, tensor in channels.items():
+        _check_per_channel(op, name, tensor, input.shape[1])
+        _check_contiguous(op, name, tensor)
+
+
+def _batch_norm_results(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = [input.new_empty((input.shape[1],), dtype=statistics_dtype(input.dtype)) for _ in range(2)]
+    return _empty_like(input), _empty_mask(input), statistics[0], statistics[1]
+
+
+_NORMALISED = f"{_GRID}, bool symmetric, {_BOUNDS}) -> (Tensor output, Tensor mask, Tensor mean, Tensor inverse_std)"
+
+
+@_define(
+    "batch_norm_fake_quantize(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor active, Tensor(c!)? pending, float momentum, float eps, " + _NORMALISED
+)
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    active: Tensor,
+    pending: Tensor | None,
+    momentum: float,
+    eps: float,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    low: float | None,
+    high: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
+    ranges = {"active": active, "pending": pending}
+    _check_batch_norm("batch_norm_fake_quantize", input, channels, ranges, quantization, False)
+    return _batch_norm_results(input)
+
+
+@_define(
+    "frozen_batch_norm_fake_quantize(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    "Tensor running_var, Tensor active, Tensor(a!)? pending, float eps, " + _NORMALISED
+)
+def _(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    active: Tensor,
+    pending: Tensor | None,
+    eps: float,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    low: float | None,
+    high: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
+    ranges = {"active": active, "pending": pending}
+    _check_batch_norm("frozen_batch_norm_fake_quantize", input, channels, ranges, quantization, True)
+    return _batch_norm_results(input)
+
+
+@_define(
+    "batch_norm_fake_quantize_backward(Tensor grad_output, Tensor input, Tensor mask, Tensor? weight, Tensor mean, "
+    "Tensor inverse_std, bool frozen) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
+)
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "batch_norm_fake_quantize_backward"
+    channels = {"mean": mean, "inverse_std": inverse_std}
+    if weight is not None:
+        channels = {"weight": weight, **channels}
+    for name, tensor in {"grad_output": grad_output, "mask": mask, **channels}.items():
+        _check_same_device(op, name, tensor, input)
+    _check_floating(op, "input", input)
+    _check_dtype(op, "grad_output", grad_output, input.dtype)
+    _check_dtype(op, "mask", mask, torch.uint8)
+    for name, tensor in channels.items():
+        _check_dtype(op, name, tensor, statistics_dtype(input.dtype))
+    if input.dim() < 2:
+        fail(op, "input", "of at least 2 dimensions", _shape(input))
+    if grad_output.shape != input.shape:
+        fail(op, "grad_output", f"of shape {_shape(input)}", _shape(grad_output))
+    if mask.dim() != 1 or mask.numel() != (input.numel() + 7) // 8:
+        fail(op, "mask", f"of shape [{(input.numel() + 7) // 8}]", _shape(mask))
+    _check_channels(op, channels, input)
+    return _empty_like(input), torch.empty_like(mean), torch.empty_like(mean)
 
 
 _library.define("build_info() -> str")

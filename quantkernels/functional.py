@@ -24,6 +24,7 @@ from quantkernels._autograd import MASKED, bump_versions, masked
 from quantkernels._ops import fail
 
 __all__ = [
+    "batch_norm_fake_quantize",
     "begin_step",
     "dorefa_activation",
     "dorefa_gradient",
@@ -438,3 +439,62 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
     if bits == 32:
         return input
     return _autograd.dorefa_gradient(input, rng_state, bits, stream, inplace)
+
+
+def batch_norm_fake_quantize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    active: Tensor,
+    pending: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    symmetric: bool = False,
+    bounds: Bounds | None = None,
+) -> Tensor:
+    """Batch norm, a clamp-type activation, observation and fake quantization in one operator.
+
+    ``fake_quantize(clamp((x - mean) * (weight / sqrt(var + eps)) + bias, *bounds))`` with the range `active`, while
+    `pending` is widened by the extrema of the clamped tensor. In training the statistics are the batch's, summed in
+    float64, and the running ones follow as torch's do. The gradients of `input`, `weight` and `bias` are batch norm's
+    behind the straight-through mask; all that is kept for them is the input and one bit per element.
+
+    Args:
+        input: [batch, channels, ...], contiguous or channels_last at full speed; float32, float64, float16 or bfloat16.
+            The half formats are rounded once, at the end.
+        running_mean: [channels], float64 for a float64 input and float32 otherwise; None to keep none. Mutated in
+            training.
+        running_var: as `running_mean`.
+        weight: as `running_mean`; None for ones.
+        bias: as `running_mean`; None for zeros.
+        active: float32 [2]: the range that this step quantizes with; with (0, 0) nothing is quantized.
+        pending: float32 [2]: this step's extrema so far; None to observe nothing. Mutated.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        training: use the batch's statistics; otherwise the running ones, which stay as they are.
+        momentum: the weight of the batch in the running statistics.
+        eps: added to the variance.
+        symmetric: the zero point is fixed to the middle of the grid.
+        bounds: ``(low, high)`` of a clamp-type activation behind the batch norm.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Ioffe and Szegedy 2015, arXiv 1502.03167; Jacob et al. 2018, arXiv 1712.05877.
+    """
+    if not training:
+        for argument, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+            if tensor is None:
+                fail("batch_norm_fake_quantize", argument, "a tensor when not training", None)
+    grid = (quant_min, quant_max, symmetric, *_operator_bounds(bounds))
+    call = _autograd.BatchNormCall(running_mean, running_var, active, pending, not training, momentum, eps, grid)
+    return _autograd.batch_norm_fake_quantize(input, weight, bias, call)

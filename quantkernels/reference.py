@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkernels.functional import Bounds, _divide, qparams, quant_range
 
 __all__ = [
+    "batch_norm_fake_quantize",
     "begin_step",
     "dorefa_activation",
     "dorefa_gradient",
@@ -340,3 +341,89 @@ def dorefa_gradient(input: Tensor, rng_state: Tensor, bits: int, *, inplace: boo
     if bits == 32:
         return input
     return _apply(_QuantizeGradient, input, rng_state, bits, stream)
+
+
+class _BatchNormGradient(torch.autograd.Function):
+    """Forwards `output`; the gradients are batch norm's of the incoming one where `passes`, summed in float64."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        output: Tensor,
+        passes: Tensor,
+        mean: Tensor,
+        inverse_std: Tensor,
+        training: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, passes, mean, inverse_std)
+        ctx.training = training
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        input, weight, passes, mean, inverse_std = ctx.saved_tensors
+        g = torch.where(passes, _widen(grad_outputs[0]), 0.0)
+        offset = _widen(input) - _per_channel(mean, input, 1)
+        axes = [0, *range(2, input.dim())]
+        sum_g, sum_products = g.double().sum(axes), (g.double() * offset.double()).sum(axes)
+        factor = inverse_std if weight is None else weight * inverse_std
+        gradient = g * _per_channel(factor, input, 1)
+        if ctx.training:
+            through = -factor.double() / (input.numel() / input.shape[1])
+            slope = (through * inverse_std.double() * inverse_std.double() * sum_products).to(mean.dtype)
+            constant = (through * sum_g).to(mean.dtype)
+            gradient += offset * _per_channel(slope, input, 1) + _per_channel(constant, input, 1)
+        grad_weight = (sum_products * inverse_std.double()).to(mean.dtype)
+        gradients = (gradient.to(input.dtype), grad_weight, sum_g.to(mean.dtype))
+        wanted = ctx.needs_input_grad
+        return *(g if wanted[i] else None for i, g in enumerate(gradients)), None, None, None, None, None
+
+
+def batch_norm_fake_quantize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    active: Tensor,
+    pending: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    symmetric: bool = False,
+    bounds: Bounds | None = None,
+) -> Tensor:
+    """See :func:`quantkernels.functional.batch_norm_fake_quantize`."""
+    x = _widen(input.detach())
+    if training:
+        var, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
+        count = x.numel() // x.shape[1]
+        for running, value in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            if running is not None:
+                running.copy_(momentum * value + (1 - momentum) * running.double())
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.double(), running_var.double()
+    inverse_std = (1 / torch.sqrt(var + eps)).to(x.dtype)
+    mean = mean.to(x.dtype)
+    factor = inverse_std if weight is None else weight.detach() * inverse_std
+    offset = torch.zeros_like(factor) if bias is None else bias.detach()
+    normalised = (x - _per_channel(mean, x, 1)) * _per_channel(factor, x, 1) + _per_channel(offset, x, 1)
+    grid = (quant_min, quant_max)
+    normalised.requires_grad_()
+    with torch.enable_grad():
+        if pending is None:
+            y = fake_quantize_in_range(normalised, active, *grid, symmetric=symmetric, bounds=bounds)
+        else:
+            y = observe_fake_quantize(normalised, active, pending, *grid, symmetric=symmetric, bounds=bounds)
+    (passes,) = torch.autograd.grad(y, normalised, torch.ones_like(y))
+    largest = torch.finfo(input.dtype).max
+    output = y.detach().clamp(-largest, largest).to(input.dtype)
+    return _apply(_BatchNormGradient, input, weight, bias, output, passes != 0, mean, inverse_std, training)

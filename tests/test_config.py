@@ -146,6 +146,8 @@ def test_what_a_configuration_does_not_say_aloud_is_noted_in_the_summary() -> No
     assert summary.notes == (
         "config_list[1] decides 1 module alone, so the 'output' that config_list[0] asks for there is not quantized",
         "config_list[2] excludes nothing that another entry matches before it",
+        "batch norm 'bn1' is computed by itself: what follows it is not known: it stands in no nn.Sequential, and no "
+        "dummy_input was given",
     )
     assert all(note in str(summary) for note in summary.notes)
 

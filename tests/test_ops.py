@@ -28,7 +28,13 @@ def scale_of(n: int = 1) -> tuple[Tensor, Tensor]:
     return torch.full((n,), 0.1), torch.zeros(n, dtype=torch.int32)
 
 
+def channels_of(n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, bias and running statistics of a batch norm."""
+    return torch.ones(n), torch.zeros(n), torch.zeros(n), torch.ones(n)
+
+
 IN_RANGE = (0, 255, False, None, None, None)
+NORMALISED = (0, 255, False, 0.0, 6.0)
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fake_quantize": lambda: (torch.randn(5, 7), *scale_of(), -8, 7, None, None, None),
@@ -52,6 +58,10 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "observe_fake_quantize per channel": lambda: (torch.randn(5, 7), *ranges(5), 0, 255, True, 0, 0.0, None),
     "observe_fake_quantize_": lambda: (torch.randn(5, 7), *ranges(), *IN_RANGE),
     "fake_quantize_current": lambda: (torch.randn(5, 7), None, -127, 127, True, 0),
+    "fake_quantize_current depthwise": lambda: (
+        torch.empty_strided((8, 1, 3, 3), (9, 1, 3, 1)).uniform_(-1, 1),
+        *(None, -127, 127, True, 0),
+    ),
     "fake_quantize_current delayed": lambda: (torch.randn(5, 7), torch.zeros(2), 0, 255, False, None),
     "begin_step": lambda: (
         [ranges()[0], ranges(3)[0]],
@@ -61,7 +71,25 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         [0, 5],
     ),
     "end_step": lambda: ([ranges()[0], ranges(3)[0]], [ranges()[0], ranges(3)[1]], [0.01, 1.0], torch.tensor([3])),
+    "batch_norm_fake_quantize": lambda: (torch.randn(5, 7), *channels_of(7), *ranges(), 0.1, 1e-5, *NORMALISED),
+    "batch_norm_fake_quantize channels_last": lambda: (
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        *(None, None, None, None, ranges()[0], None, 0.1, 1e-5, -127, 127, True, None, None),
+    ),
+    "batch_norm_fake_quantize half": lambda: (
+        torch.randn(5, 7).half(),
+        *(*channels_of(7), *ranges(), 0.1, 1e-5, *NORMALISED),
+    ),
+    "frozen_batch_norm_fake_quantize": lambda: (torch.randn(5, 7), *channels_of(7), *ranges(), 1e-5, *NORMALISED),
+    "batch_norm_fake_quantize_backward": lambda: (
+        *(torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8)),
+        *(torch.ones(7), torch.zeros(7), torch.ones(7), False),
+    ),
     "straight_through": lambda: (torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8), 0),
+    "straight_through depthwise": lambda: (
+        torch.empty_strided((8, 1, 3, 3), (9, 1, 3, 1)).fill_(1.0),
+        *(torch.randint(0, 256, (9,), dtype=torch.uint8), 0),
+    ),
     "straight_through channels_last": lambda: (
         torch.randn(2, 3, 4, 5),
         torch.randint(0, 256, (15,), dtype=torch.uint8),
@@ -152,6 +180,35 @@ ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
     ("end_step", 2, lambda: [0.5, 0.0], "`momenta[1]` to be greater than 0 and at most 1", "0"),
     ("end_step", 2, lambda: [1.5, 0.0], "`momenta[0]` to be greater than 0 and at most 1", "1.5"),
     ("end_step", 3, lambda: torch.zeros(2, dtype=torch.int64), "`step` to be of one element", "[2]"),
+    ("batch_norm_fake_quantize", 0, lambda: torch.ones(3), "`input` to be of at least 2 dimensions", "[3]"),
+    ("batch_norm_fake_quantize", 0, lambda: torch.ones(5, 7).int(), f"`input` to be {FLOATING}", "int32"),
+    (
+        "batch_norm_fake_quantize",
+        *(0, lambda: torch.ones(1, 7), "`input` to be of more than one value for each channel", "[1, 7]"),
+    ),
+    ("batch_norm_fake_quantize", 1, lambda: torch.ones(7).double(), "`weight` to be float32", "float64"),
+    ("batch_norm_fake_quantize", 2, lambda: torch.ones(5), "`bias` to be of shape [7]", "[5]"),
+    ("batch_norm_fake_quantize", 3, lambda: torch.ones(14)[::2], "`running_mean` to be contiguous", "other strides"),
+    ("batch_norm_fake_quantize", 4, lambda: None, "`running_var` to be given with `running_mean`", "one of the two"),
+    ("batch_norm_fake_quantize", 5, lambda: torch.zeros(2, 7), f"`active` to be {ONE_RANGE}", "[2, 7]"),
+    ("batch_norm_fake_quantize", 6, lambda: torch.zeros(2).half(), "`pending` to be float32", "float16"),
+    ("batch_norm_fake_quantize", 12, lambda: 6.0, "`low` to be less than high = 6", "6"),
+    ("batch_norm_fake_quantize half", 1, lambda: torch.ones(7).half(), "`weight` to be float32", "float16"),
+    ("frozen_batch_norm_fake_quantize", 3, lambda: torch.ones(7).half(), "`running_mean` to be float32", "float16"),
+    ("frozen_batch_norm_fake_quantize", 9, lambda: -8, "`quant_max` to be from quant_min + 1 to 65535", "-8"),
+    (
+        "batch_norm_fake_quantize_backward",
+        *(0, lambda: torch.randn(5, 6), "`grad_output` to be of shape [5, 7]", "[5, 6]"),
+    ),
+    (
+        "batch_norm_fake_quantize_backward",
+        0,
+        lambda: torch.randn(5, 7).half(),
+        "`grad_output` to be float32",
+        "float16",
+    ),
+    ("batch_norm_fake_quantize_backward", 2, lambda: torch.zeros(4).byte(), "`mask` to be of shape [5]", "[4]"),
+    ("batch_norm_fake_quantize_backward", 4, lambda: torch.zeros(6), "`mean` to be of shape [7]", "[6]"),
     ("straight_through", 1, lambda: torch.zeros(4, dtype=torch.uint8), "`mask` to be of shape [5]", "[4]"),
     ("straight_through", 1, lambda: torch.zeros(5), "`mask` to be uint8", "float32"),
     ("straight_through", 2, lambda: 1, f"`memory_format` to be {FORMATS}", "1 with 2 dimensions"),

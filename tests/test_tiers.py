@@ -20,12 +20,13 @@ def run(tier: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("file", ["test_functional.py", "test_batch_norm.py"])
 @pytest.mark.parametrize("tier", TIERS)
-def test_tier_against_the_reference(tier: str) -> None:
-    """The whole of test_functional.py again, in a process that runs on this tier."""
+def test_tier_against_the_reference(tier: str, file: str) -> None:
+    """The whole of a file again, in a process that runs on this tier."""
     if tier == build_info()["cpu_tier"]:
-        pytest.skip("the tier of this process: test_functional.py itself covers it")
-    result = run(tier, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("test_functional.py")))
+        pytest.skip("the tier of this process: the file itself covers it")
+    result = run(tier, "-m", "pytest", "-q", "-x", "-k", "not compile", str(Path(__file__).with_name(file)))
     assert result.returncode == 0, result.stdout[-3000:]
 
 

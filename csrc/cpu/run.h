@@ -29,5 +29,7 @@ void run(const DoReFaWeightJob& job, ParallelFor parallel_for);
 void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for);
 void run(const DoReFaActivationJob& job, ParallelFor parallel_for);
 void run(const DoReFaGradientJob& job, ParallelFor parallel_for);
+void run(const BatchNormJob& job, ParallelFor parallel_for);
+void run(const BatchNormGradientJob& job, ParallelFor parallel_for);
 
 }  // namespace qk::cpu

@@ -344,4 +344,28 @@ QK_INLINE void centred_uniforms(const uint32_t* words, F32& noise) {
   noise = {centred_uniforms(_mm256_loadu_si256(from)), centred_uniforms(_mm256_loadu_si256(from + 1))};
 }
 
+QK_INLINE F64 widened(F32 x) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.low)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.low, 1)),
+           _mm256_cvtps_pd(_mm256_castps256_ps128(x.high)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.high, 1))}};
+}
+QK_INLINE F64 widened(F64 x) { return x; }
+// The lanes whose bit is set, zero elsewhere.
+QK_INLINE F32 selected(LaneBits bits, F32 x) {
+  const __m256i all = _mm256_set1_epi32(bits);
+  const __m256i in_low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i in_high = _mm256_slli_epi32(in_low, 8);
+  const __m256i low = _mm256_cmpeq_epi32(_mm256_and_si256(all, in_low), in_low);
+  const __m256i high = _mm256_cmpeq_epi32(_mm256_and_si256(all, in_high), in_high);
+  return {_mm256_and_ps(x.low, _mm256_castsi256_ps(low)), _mm256_and_ps(x.high, _mm256_castsi256_ps(high))};
+}
+QK_INLINE F64 selected(LaneBits bits, F64 x) {
+  const __m256i lane_bit = _mm256_setr_epi64x(1, 2, 4, 8);
+  for (int i = 0; i < 4; ++i) {
+    const __m256i all = _mm256_set1_epi64x(bits >> (4 * i));
+    const __m256i keep = _mm256_cmpeq_epi64(_mm256_and_si256(all, lane_bit), lane_bit);
+    x.part[i] = _mm256_and_pd(x.part[i], _mm256_castsi256_pd(keep));
+  }
+  return x;
+}
+
 QK_NAMESPACE_END

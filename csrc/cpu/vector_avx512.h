@@ -344,4 +344,15 @@ class QuickLevels<F32> {
   __m512 values_, scale_, offset_;
 };
 
+QK_INLINE F64 widened(F32 x) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(x.value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.value, 1))};
+}
+QK_INLINE F64 widened(F64 x) { return x; }
+// The lanes whose bit is set, zero elsewhere.
+QK_INLINE F32 selected(LaneBits bits, F32 x) { return {_mm512_maskz_mov_ps(bits, x.value)}; }
+QK_INLINE F64 selected(LaneBits bits, F64 x) {
+  return {_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), x.low),
+          _mm512_maskz_mov_pd(static_cast<__mmask8>(bits >> 8), x.high)};
+}
+
 QK_NAMESPACE_END

@@ -254,4 +254,25 @@ QK_INLINE void copy_selected_lanes(LaneBits bits, const U* from, U* to) {
   for (int i = 0; i < kLanes; ++i) to[i] = from[i] & (U(0) - static_cast<U>(bits >> i & 1));
 }
 
+// NaN in x leaves the accumulator.
+template <class T>
+QK_INLINE Lanes<T> minimum(Lanes<T> x, Lanes<T> accumulator) {
+  Lanes<T> r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = x.lane[i] < accumulator.lane[i] ? x.lane[i] : accumulator.lane[i];
+  return r;
+}
+template <class T>
+QK_INLINE Lanes<double> widened(const Lanes<T>& x) {
+  Lanes<double> r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<double>(x.lane[i]);
+  return r;
+}
+// The lanes whose bit is set, zero elsewhere.
+template <class T>
+QK_INLINE Lanes<T> selected(LaneBits bits, const Lanes<T>& x) {
+  Lanes<T> r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = (bits >> i & 1) != 0 ? x.lane[i] : T(0);
+  return r;
+}
+
 QK_NAMESPACE_END

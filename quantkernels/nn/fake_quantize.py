@@ -144,44 +144,40 @@ class FakeQuantize(nn.Module):
                 axis=self.axis,
                 active=self.active if self.delayed and self.training else None,
             )
+        return self.in_call(self._quantize, input)
+
+    def in_call(self, quantize: Callable[[Tensor, Tensor, Tensor | None], Tensor], input: Tensor) -> Tensor:
+        """What a call on `input` gives, with another operator in the place of this module's own.
+
+        Args:
+            quantize: computes the result from `input`, the range to quantize with, and the extrema that it is to widen
+                by those of what it quantizes; None where nothing is observed.
+            input: what is quantized, or what that is computed from.
+        """
+        if not torch.compiler.is_compiling():
+            self.__dict__["has_run"] = True
         if not (self.training or self.calibrating):
-            return self._quantized(input, self._buffers["range"])
-        observers = self.observers
-        if observers.in_step or observers.by_optimizer:
-            return self._observed(input)
-        observers.begin((self,))
-        output = self._observed(input)
-        observers.end((self,))
+            return quantize(input, self._buffers["range"], None)
+        if self.observers.in_step or self.observers.by_optimizer:
+            return self._observed(quantize, input)
+        self.observers.begin((self,))
+        output = self._observed(quantize, input)
+        self.observers.end((self,))
         return output
 
-    def _observed(self, input: Tensor) -> Tensor:
+    def _observed(self, quantize: Callable[[Tensor, Tensor, Tensor | None], Tensor], input: Tensor) -> Tensor:
         if self.frozen and not self.calibrating:
-            return self._quantized(input, self.active)
+            return quantize(input, self.active, None)
         if not torch.compiler.is_compiling():
             self.__dict__["has_range"] = True
-        return functional.observe_fake_quantize(
-            input,
-            self.active,
-            self.pending,
-            self.quant_min,
-            self.quant_max,
-            symmetric=self.symmetric,
-            axis=self.axis,
-            bounds=self.bounds,
-            inplace=self.inplace,
-        )
+        return quantize(input, self.active, self.pending)
 
-    def _quantized(self, input: Tensor, observed_range: Tensor) -> Tensor:
-        return functional.fake_quantize_in_range(
-            input,
-            observed_range,
-            self.quant_min,
-            self.quant_max,
-            symmetric=self.symmetric,
-            axis=self.axis,
-            bounds=self.bounds,
-            inplace=self.inplace,
-        )
+    def _quantize(self, input: Tensor, known: Tensor, pending: Tensor | None) -> Tensor:
+        grid = (self.quant_min, self.quant_max)
+        options: Any = {"symmetric": self.symmetric, "axis": self.axis, "bounds": self.bounds, "inplace": self.inplace}
+        if pending is None:
+            return functional.fake_quantize_in_range(input, known, *grid, **options)
+        return functional.observe_fake_quantize(input, known, pending, *grid, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
         # A range rounded to half precision would be another grid, so a conversion moves it but keeps its dtype.

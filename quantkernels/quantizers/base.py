@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import functools
 import itertools
+import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -17,11 +18,21 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from quantkernels.nn.batch_norm import (
+    FROZEN,
+    BatchNormFakeQuantize,
+    FoldedWeight,
+    FrozenBatchNorm,
+    fold_into,
+    freeze_statistics,
+)
 from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
 from quantkernels.nn.observers import STEP, Observers
+from quantkernels.quantizers import chains as chains_
 from quantkernels.quantizers import layers as layers_
 from quantkernels.quantizers import model as model_
+from quantkernels.quantizers.chains import Chain
 from quantkernels.quantizers.config import (
     DEFAULT_OP_TYPES,
     Entry,
@@ -95,7 +106,12 @@ class Quantizer(abc.ABC):
         optimizer: see `attach_optimizer`.
         dummy_input: a tensor, a tuple or list of positional arguments, or a dict of named ones. `compress()` runs the
             quantized model on it, in evaluation mode, sets the ranges from it, and leaves the model as it was if that
-            fails.
+            fails. A model with batch norms runs on it in float before, which shows what stands around each of them.
+        fuse: compute a batch norm and the quantized activation behind it, or its own quantized output, in one operator:
+            those of an nn.Sequential, and with a `dummy_input` all that its run shows; `summary()` tells which. False
+            leaves them apart.
+        fold: quantize the weight of a convolution or linear layer as the one that is deployed, which has the batch norm
+            behind it folded in, where one is found as for `fuse`. With a symmetric scheme per channel that is the same.
 
     Attributes:
         model: the model.
@@ -114,6 +130,9 @@ class Quantizer(abc.ABC):
         config_list: object,
         optimizer: torch.optim.Optimizer | None = None,
         dummy_input: Batch | None = None,
+        *,
+        fuse: bool = True,
+        fold: bool = True,
     ) -> None:
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -127,6 +146,10 @@ class Quantizer(abc.ABC):
         self.model = model
         self.entries = parse_config_list(config_list, self.grammar, model)
         self.dummy_input = dummy_input
+        self.fuse = fuse
+        self.fold = fold
+        self._folded: list[Chain] = []
+        self.batch_norm_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
         self.observers = Observers(())
         self.optimizer = None if optimizer is None else _innermost(name, optimizer)
@@ -181,6 +204,7 @@ class Quantizer(abc.ABC):
             if layers_.is_instrumented(module) or model_.quantizer_of(module) is not None:
                 what = f"its layer {module_name!r}" if module_name else "it"
                 raise RuntimeError(f"{name}: expected a float model, but {what} is quantized already")
+        chains = self._chains()
         try:
             for layer in planned:
                 self.layers.append(layer)
@@ -188,6 +212,10 @@ class Quantizer(abc.ABC):
             self._instrument_around(planned)
             model_.instrument(self.model, self)
             self._group_observers()
+            if self.fold:
+                self._fold_batch_norms(chains)
+            if self.fuse:
+                self._fuse_batch_norms(chains)
             if self.optimizer is not None:
                 self._hook_optimizer()
             if self.dummy_input is not None:
@@ -206,10 +234,14 @@ class Quantizer(abc.ABC):
             [f"2-bit symmetric weights are ternary, -1, 0 and 1 times the scale: {listed(ternary)}"] if ternary else []
         )
 
-    def decompress(self) -> nn.Module:
+    def decompress(self, *, fold: bool = False) -> nn.Module:
         """Takes all instrumentation back and returns the float model, with the weights as trained.
 
         The modules, their classes, the order of the parameters and the keys of the state_dict are what they were.
+
+        Args:
+            fold: move each batch norm that was found alone behind a convolution or linear layer into its weight and
+                bias, which it has then; the batch norm stays as the identity, for evaluation.
 
         Raises:
             RuntimeError: the model is not compressed, or is wrapped in a way that cannot be undone here.
@@ -226,7 +258,11 @@ class Quantizer(abc.ABC):
             self._optimizer_hook.remove()
         self._optimizer_hook = None
         self.layers = []
+        self.batch_norm_notes = []
         self.observers = Observers(())
+        chains, self._folded = self._folded, []
+        for chain in chains if fold else ():
+            fold_into(chain.producer, chain.norm)
         return self.model
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -312,6 +348,63 @@ class Quantizer(abc.ABC):
         for member in self.observers.members:
             member.frozen = False
 
+    def freeze_bn(self) -> None:
+        """Lets training normalise with the running statistics of every batch norm, which then stay as they are.
+
+        What is trained then is what is deployed, where a batch norm is folded into the layer in front of it.
+        """
+        self._check_is_compressed("freeze_bn")
+        for norm in _batch_norms(self.model):
+            freeze_statistics(norm, True)
+            if vars(norm).get("_stand_in") is None:
+                layers_.put_stand_in(norm, FrozenBatchNorm())
+
+    def unfreeze_bn(self) -> None:
+        """Lets training normalise with the batch's statistics again."""
+        self._check_is_compressed("unfreeze_bn")
+        for norm in _batch_norms(self.model):
+            freeze_statistics(norm, False)
+
+    def reestimate_bn(self, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] | None = None) -> None:
+        """Sets the running statistics of every batch norm from data: each becomes the mean over the batches.
+
+        All else runs as in evaluation, quantized; no range changes.
+
+        Args:
+            batches: as in `calibrate`.
+            forward: as in `calibrate`.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError: there is no batch; the statistics are as they were.
+        """
+        self._check_is_compressed("reestimate_bn")
+        forward = forward or _call
+        norms = [norm for norm in _batch_norms(self.model) if norm.running_mean is not None]
+        before = [{name: buffer.clone() for name, buffer in norm._buffers.items()} for norm in norms]
+        options = [(norm.momentum, getattr(norm, FROZEN, False)) for norm in norms]
+        count = 0
+        with self._evaluation(), torch.no_grad():
+            try:
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum, norm.training = None, True
+                    freeze_statistics(norm, False)
+                for batch in batches:
+                    forward(self.model, batch)
+                    count += 1
+            finally:
+                for norm, buffers, (momentum, frozen) in zip(norms, before, options, strict=True):
+                    norm.momentum = momentum
+                    freeze_statistics(norm, frozen)
+                    kept = buffers if count == 0 else {"num_batches_tracked": buffers["num_batches_tracked"]}
+                    for name, buffer in kept.items():
+                        norm._buffers[name].copy_(buffer)
+        if count == 0:
+            raise ValueError(
+                f"{type(self).__name__}.reestimate_bn: expected `batches` to hold at least one, but got none"
+            )
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it the model computes in float: nothing is quantized, nothing observed."""
@@ -338,11 +431,95 @@ class Quantizer(abc.ABC):
         """
         return summarize(self, batch, forward or _call)
 
+    def export_model(
+        self,
+        model_path: str | os.PathLike[str],
+        calibration_path: str | os.PathLike[str] | None = None,
+        onnx_path: str | os.PathLike[str] | None = None,
+        input_shape: Sequence[int] | None = None,
+        device: object = None,
+        *,
+        dummy_input: Batch | None = None,
+        profile: str = "onnxruntime",
+        opset: int = 21,
+        verify: bool = True,
+    ) -> dict[str, dict[str, Any]]:
+        """Writes the float weights, the calibration config and an integer ONNX model. The model stays compressed.
+
+        The ONNX model has integer weights behind DequantizeLinear, QuantizeLinear and DequantizeLinear where inputs and
+        outputs are quantized, int32 biases, and batch norm folded. It takes a batch of any size.
+
+        Args:
+            model_path: gets the state_dict of the float model, by torch.save. Weights that were quantized with a batch
+                norm folded in (per tensor or affine; see `fold`) are folded, so their layers have a bias and the batch
+                norms are the identity, as after decompress(fold=True).
+            calibration_path: gets the calibration config: JSON if the name ends in '.json', else by torch.save.
+            onnx_path: gets the ONNX model; needs the extra 'onnx', and `input_shape` or `dummy_input`.
+            input_shape: the shape of the model's input; random numbers of that shape stand for it.
+            device: taken for NNI's sake; the export runs on the CPU.
+            dummy_input: the model's input, better than random numbers for the verification: a tensor, a tuple of
+                positional arguments, or a dict of named ones. Without it the quantizer's own.
+            profile: the engine that the ONNX model is for: 'onnxruntime', 'openvino', 'tensorrt' or 'executorch'.
+            opset: of the ONNX model, 21 to 25.
+            verify: run the ONNX model in ONNX Runtime, with and without optimisation, against the evaluated model.
+
+        Returns:
+            The calibration config: see quantkernels.export.calibration.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: a layer cannot be exported; it is named.
+            VerificationError: the ONNX model computes something else; the first tensor that differs is named.
+                In all these cases no file is changed, and none is ever left half written.
+        """
+        from quantkernels import export
+
+        return export.export_model(
+            self,
+            model_path,
+            calibration_path,
+            onnx_path,
+            input_shape,
+            dummy_input,
+            profile=profile,
+            opset=opset,
+            verify=verify,
+        )
+
+    def load_calibration_config(self, config: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+        """Sets the observed ranges to those of a calibration config, or of the file that holds one.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: the config is not this model's; the layer and the key are named, nothing is changed.
+        """
+        from quantkernels import export
+
+        export.load_calibration_config(self, config)
+
+    def convert(self) -> nn.Module:
+        """A copy of the model for inference: integer weights, fixed grids, torch's own operators, no training state.
+
+        It computes what the evaluated model does. torch.export, torch.compile, AOTInductor and safetensors take it, and
+        what torch.export and AOTInductor save loads without quantkernels. Weights of up to 8 bits take a byte each.
+
+        Raises:
+            RuntimeError: the model is not compressed.
+            ValueError, TypeError: a layer cannot be converted; it is named.
+        """
+        from quantkernels import export
+
+        return export.convert(self)
+
     def quantizer_modules(self) -> Iterator[Any]:
         """The modules that quantize, in the model's order."""
         for layer in self.layers:
             for quantizer in layer.quantizers.values():
                 yield from (module for module in quantizer.modules() if hasattr(module, "enabled"))
+
+    def folded_chains(self) -> list[Chain]:
+        """The batch norms that are folded into a weight before it is quantized, with the layer that has it."""
+        return [chain for chain in self._folded if vars(chain.producer).get("_fold") is not None]
 
     def own_modules(self) -> set[nn.Module]:
         """Every module that `compress()` has added to the model."""
@@ -403,6 +580,53 @@ class Quantizer(abc.ABC):
                 layers_.instrument(module, {})
             if layers_.accepts_fast_path(module) and not quantized.isdisjoint(module.modules()):
                 layers_.leave_fast_path(module)
+
+    def _chains(self) -> dict[nn.Module, Chain]:
+        """What stands around each batch norm of the float model."""
+        if not (self.fuse or self.fold) or not chains_.batch_norms(self.model):
+            return {}
+        chains = chains_.chains_of_order(self.model)
+        if self.dummy_input is not None:
+            with self._evaluation(), torch.no_grad():
+                seen = chains_.chains_of_run(self.model, lambda: _call(self.model, self.dummy_input))
+            chains |= {norm: chain for norm, chain in seen.items() if chain.ran or chains[norm].activation is None}
+        return chains
+
+    def _fold_batch_norms(self, chains: dict[nn.Module, Chain]) -> None:
+        """Lets the weights in front of batch norms be quantized as they are deployed."""
+        layers = {layer.module: layer for layer in self.layers}
+        for norm, chain in chains.items():
+            producer = chain.producer
+            if producer is None or norm._buffers.get("running_var") is None:
+                continue
+            self._folded.append(chain)
+            layer = layers.get(producer)
+            quantizer = None if layer is None else layer.quantizers.get("weight")
+            if isinstance(quantizer, FakeQuantize) and quantizer.quant_scheme != "per_channel_symmetric":
+                layers_.put_fold(producer, FoldedWeight(producer, norm))
+
+    def _fuse_batch_norms(self, chains: dict[nn.Module, Chain]) -> None:
+        """Lets each batch norm compute what is quantized behind it, where it alone leads there."""
+        layers = {layer.module: layer for layer in self.layers}
+        if not any(isinstance(layer.quantizers.get("output"), FakeQuantize) for layer in self.layers):
+            return
+        names = {module.module: module.names[0] for module in named_modules(self.model)}
+        for norm in _batch_norms(self.model):
+            if norm not in chains:
+                why = "only torch's BatchNorm1d, 2d and 3d are computed with others"
+                self.batch_norm_notes.append(f"batch norm {names[norm]!r} is computed by itself: {why}")
+        for norm, chain in chains.items():
+            own = layers.get(norm)
+            layer = own if own is not None and own.quantizers else layers.get(chain.activation)  # type: ignore[arg-type]
+            quantizer, why_not = _one_operator(layer, is_norm=layer is own and own is not None)
+            if quantizer is None:
+                what = chain.reason or why_not
+                self.batch_norm_notes.append(f"batch norm {names[norm]!r} is computed by itself: {what}")
+                continue
+            activation = None if layer is own else chain.activation
+            layers_.put_stand_in(norm, BatchNormFakeQuantize(quantizer, activation))
+            what = "its output's quantization" if activation is None else f"{names[activation]!r}"
+            self.batch_norm_notes.append(f"batch norm {names[norm]!r} is computed in one operator with {what}")
 
     def _build_weight(self, layer: QuantizedLayer) -> nn.Module:
         if not isinstance(layer.module, nn.MultiheadAttention):
@@ -571,6 +795,30 @@ class Quantizer(abc.ABC):
         """Counts forwards."""
         vars(self).update(state)
         self.observers.by_optimizer = False
+
+
+def _batch_norms(model: nn.Module) -> list[Any]:
+    """All that normalise with running statistics, of several processes or of one."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _one_operator(layer: QuantizedLayer | None, is_norm: bool) -> tuple[FakeQuantize | None, str]:
+    """The quantizer that one operator with a batch norm stands in for; None, and the reason, where that cannot be.
+
+    Args:
+        layer: what quantizes: the activation behind the batch norm, or with `is_norm` itself.
+        is_norm: see `layer`.
+    """
+    if layer is None or not layer.quantizers:
+        return None, "what follows it is not quantized"
+    if set(layer.quantizers) - ({"output", "input"} if is_norm else {"output"}):
+        return None, f"more of {layer} is quantized than its output"
+    quantizer = layer.quantizers.get("output")
+    if not isinstance(quantizer, FakeQuantize) or not (is_norm or layer.fused):
+        return None, f"{layer} is no activation that clamps, with an observed range"
+    if quantizer.axis is not None:
+        return None, f"the output of {layer} is quantized per channel"
+    return quantizer, ""
 
 
 def idle_reasons(layer: QuantizedLayer) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from quantkernels.nn.batch_norm import DONE, FROZEN
 from quantkernels.quantizers.config import user_class
 
 WEIGHT, INPUT, OUTPUT, GRADIENT = "weight_quantizer", "input_quantizer", "output_quantizer", "gradient_quantizer"
@@ -106,6 +107,24 @@ def instrument(module: nn.Module, quantizers: Mapping[str, nn.Module], fused: bo
     module.__class__ = quantized_class(float_class(module))
 
 
+def put_stand_in(module: nn.Module, stand_in: Callable[..., Any] | None) -> None:
+    """Makes a call of `module` one of `stand_in`, with `module` in front, unless that returns None.
+
+    The result is quantized already; the input comes quantized where `module` does that. None takes it away.
+    """
+    if stand_in is None:
+        vars(module).pop("_stand_in", None)
+        return
+    if not is_instrumented(module):
+        instrument(module, {})
+    vars(module)["_stand_in"] = stand_in
+
+
+def put_fold(module: nn.Module, fold: Callable[..., Tensor] | None) -> None:
+    """Lets `fold`, called with quantizer and weight, quantize the weight of `module`. None takes it away."""
+    vars(module)["_fold"] = fold
+
+
 def restore(module: nn.Module) -> None:
     """Takes the quantizers and the class away."""
     cls = type(module)
@@ -116,7 +135,8 @@ def restore(module: nn.Module) -> None:
         )
     for name in _CHILDREN:
         module._modules.pop(name, None)
-    vars(module).pop("_fused", None)
+    for name in ("_fused", "_stand_in", "_fold", DONE, FROZEN):
+        vars(module).pop(name, None)
     module.__class__ = float_class(module)
 
 
@@ -133,6 +153,15 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
         inputs = children.get(INPUT)
         if inputs is not None:
             args, kwargs = _quantized_arguments(inputs, args, kwargs)
+        if self._stand_in is not None:
+            result = self._stand_in(self, *args, **kwargs)
+            if result is not None:
+                return result
+        done = getattr(self, DONE)
+        if done is not None:
+            setattr(self, DONE, None)
+            if args and args[0] is done:
+                return done
         output = children.get(OUTPUT)
         weight = children.get(WEIGHT)
         if output is not None and self._fused:
@@ -140,7 +169,9 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
         elif weight is None and not attention:
             result = _without_quantizers(cls, self, args, kwargs) if hides else cls.forward(self, *args, **kwargs)
         elif direct is not None:
-            result = direct(self, weight(self.weight), *args, **kwargs)
+            fold = self._fold
+            quantized = weight(self.weight) if fold is None else fold(weight, self.weight)
+            result = direct(self, quantized, *args, **kwargs)
         else:
             result = _with_quantized_weights(cls, self, args, kwargs, hides)
         gradient = children.get(GRADIENT)
@@ -149,7 +180,7 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
         return result if output is None else map_result(output, result)
 
     members = {"forward": forward, "__reduce_ex__": _reduce, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    members |= {"__qualname__": cls.__qualname__, "_float_class": cls}
+    members |= {"__qualname__": cls.__qualname__, "_float_class": cls, "_stand_in": None, "_fold": None, DONE: None}
     if isinstance(inspect.getattr_static(cls, "weight", None), property):  # torch.nn.utils.parametrize
         setter = getattr(cls.weight, "fset", None)  # type: ignore[attr-defined]
         members["weight"] = property(functools.partial(_weight_in_call, cls), setter)
@@ -219,8 +250,11 @@ def _with_quantized_weights(cls: type[nn.Module], module: Any, args: Any, kwargs
     in_place: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for owner, name, quantizer in _weights(module):
-            value = quantizer(getattr(owner, name))
-            holder: dict[str, Any] = owner._parameters if name in owner._parameters else vars(owner)
+            fold = getattr(owner, "_fold", None)
+            value = quantizer(getattr(owner, name)) if fold is None else fold(quantizer, getattr(owner, name))
+            parameters: dict[str, Any] = owner._parameters
+            buffers: dict[str, Any] = owner._buffers  # a converted layer's integers
+            holder = parameters if name in parameters else buffers if name in buffers else vars(owner)
             key = name if name in holder else _IN_CALL
             if key is _IN_CALL and not _can_be_put_in_place(type(owner), name):
                 raise RuntimeError(

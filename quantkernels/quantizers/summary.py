@@ -57,7 +57,7 @@ class Summary(Sequence[SummaryRow]):
 
     Attributes:
         rows: in the model's order.
-        notes: sentences about entries that decide less than they seem to.
+        notes: sentences about entries that decide less than they seem to, and about what each batch norm runs with.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -99,7 +99,8 @@ def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, An
             rows += _rows_of_layer(quantizer, layer, measured, step)
         elif module.module not in ours and _has_weights(module.module):
             rows.append(SummaryRow(module.names[0], module.op_type, "-", status=_why_not(quantizer, module)))
-    return Summary(tuple(rows), tuple(config_notes(quantizer.entries, modules)))
+    notes = config_notes(quantizer.entries, modules)
+    return Summary(tuple(rows), (*notes, *quantizer.batch_norm_notes))
 
 
 def _rows_of_layer(

@@ -1,0 +1,60 @@
+// Owns the table of batch norm's kernels that every SIMD tier provides: reductions over parts whose sizes depend on the
+// tensor alone, and elementwise passes over parts of any size.
+#pragma once
+
+#include "../numerics/batch_norm_sums.h"
+#include "kernels.h"
+
+namespace qk::cpu {
+
+// Batch norm's constants, [count] rows of `slots` of the compute type. A slot is a channel, or with an inner size below
+// a vector an element of a row of channels * inner, which begins again behind the last for the vectors that cross its
+// end.
+struct BatchNormTable {
+  const void* constants;
+  int64_t slots;
+
+  static bool has_slot_per_element(const ChannelView& view) { return view.inner < kLanes; }
+  static int64_t slots_for(const ChannelView& view) {
+    return has_slot_per_element(view) ? view.channels * view.inner + kLanes : view.channels;
+  }
+  static int64_t channel_of(const ChannelView& view, int64_t slot) {
+    return has_slot_per_element(view) ? slot / view.inner % view.channels : slot;
+  }
+};
+
+// Forward: mean, factor, bias. Backward: mean, factor, slope, constant.
+constexpr int64_t kNormalisedConstants = 3;
+constexpr int64_t kGradientConstants = 4;
+
+// What is summed apart: the channels [channel_begin, channel_end) of the rows [outer_begin, outer_end).
+struct BatchNormPart {
+  int64_t outer_begin, outer_end;
+  int64_t channel_begin, channel_end;
+};
+
+// The columns of a part where a slot is an element of a row: what is kept of them lies in the first-level cache.
+constexpr int64_t kPartColumns = 256;
+
+struct BatchNormKernels {
+  const char* name;
+  // Sums of the part's channels; `shift` is one number for each of them, of the compute type.
+  void (*sums)(const BatchNormJob&, const BatchNormPart&, const void* shift, BatchNormSums* sums);
+  // Normalises and quantizes [begin, end), `begin` a multiple of kPartAlignment. Widens `observed` by the extrema of
+  // the normalised elements unless it is null; as one channel.
+  void (*normalise)(const BatchNormJob&, const BatchNormTable&, Store, const ObservedExtrema* observed, int64_t begin,
+                    int64_t end);
+  // All of one channel, of an inner size that is a multiple of kLanes.
+  void (*normalise_channel)(const BatchNormJob&, const BatchNormTable&, Store, int64_t channel);
+  void (*gradient_sums)(const BatchNormGradientJob&, const BatchNormPart&, BatchNormGradientSums* sums);
+  void (*gradient)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t begin, int64_t end);
+  void (*gradient_channel)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t channel);
+};
+
+extern const BatchNormKernels kBaselineBatchNorm;
+#if defined(__x86_64__)
+extern const BatchNormKernels kAvx2BatchNorm;
+extern const BatchNormKernels kAvx512BatchNorm;
+#endif
+
+}  // namespace qk::cpu

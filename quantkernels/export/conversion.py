@@ -1,0 +1,198 @@
+"""convert: a module with integer weights and fixed grids, of torch's own operators only.
+
+What it computes equals the evaluated model bit for bit, as far as torch's own layers do. torch.export, torch.compile,
+AOTInductor and safetensors take it, and what they save loads where quantkernels is not installed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from quantkernels.export.deployed import deployed_copy
+from quantkernels.export.grids import Activation, Grid, NamedQuantizer, activation_of, named_quantizers, weight_of
+from quantkernels.nn.dorefa import DoReFaActivation, DoReFaGradient, DoReFaWeight
+from quantkernels.quantizers import model as model_
+
+if TYPE_CHECKING:
+    from quantkernels.quantizers.base import Quantizer
+
+
+def convert(quantizer: Quantizer) -> nn.Module:
+    """A copy of a compressed model for inference; see Quantizer.convert."""
+    quantizer._check_is_compressed("convert")
+    model = deployed_copy(quantizer)
+    plain: dict[nn.Module, nn.Module] = {}
+    integers: dict[int, Tensor] = {}
+    for named in list(named_quantizers(type(quantizer).of(model))):
+        try:
+            plain[named.module] = (
+                _weight(named, integers) if named.quant_type == "weight" else _activation(named.module)
+            )
+        except (TypeError, ValueError) as error:
+            what = named.parameter or named.quant_type
+            raise type(error)(f"convert: layer {named.layer.name!r}, {what}: {error}") from None
+    model_.restore(model)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in plain:
+                module._modules[name] = plain[child]
+    return model.requires_grad_(False)
+
+
+class Dequantize(nn.Module):
+    """Turns integers into the values that they stand for.
+
+    Args:
+        grid: their grid.
+        dtype: of the values.
+
+    Attributes:
+        scale, zero_point: float32 and int32, shaped so that they broadcast against the integers.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid, dims: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        shape = [1] * dims
+        if grid.axis is not None:
+            shape[grid.axis] = -1
+        self.register_buffer("scale", grid.scale.reshape(shape if grid.axis is not None else ()).clone())
+        self.register_buffer("zero_point", grid.zero_point.reshape(self.scale.shape).clone())
+        self.dtype = dtype
+
+    def forward(self, integers: Tensor) -> Tensor:
+        """Returns (integers - zero_point) * scale in the dtype."""
+        wide = _wide(self.dtype)
+        steps = (integers.to(torch.int32) - self.zero_point).to(wide)
+        return _narrowed(steps * self.scale.to(wide), self.dtype)
+
+
+class DequantizeDoReFa(nn.Module):
+    """DoReFa's weight from its odd integers -n..n: 2 q / n - 1, rounded as in training."""
+
+    def __init__(self, n: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.n = n
+        self.dtype = dtype
+
+    def forward(self, integers: Tensor) -> Tensor:
+        """Returns the weight."""
+        q = torch.div(integers.to(torch.int32) + self.n, 2, rounding_mode="floor").to(_wide(self.dtype))
+        return (2 * (q / self.n) - 1).to(self.dtype)
+
+
+class QuantizeDequantize(nn.Module):
+    """The clamp-type activation, if there is one, and the fixed grid behind it.
+
+    Attributes:
+        scale, zero_point: float32 and int32, [] or of the shape that broadcasts against the input.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid, bounds: tuple[float, float] | None) -> None:
+        super().__init__()
+        self.register_buffer("scale", grid.scale.clone())
+        self.register_buffer("zero_point", grid.zero_point.clone())
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
+        self.bounds = bounds
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the value on the grid that is nearest to `input`."""
+        x = input.to(_wide(input.dtype))
+        if self.bounds is not None:
+            x = _clamped(x, self.bounds)
+        scale, zero_point = self.scale.to(x.dtype), self.zero_point.to(x.dtype)
+        q = (torch.round(x / scale) + zero_point).clamp(self.quant_min, self.quant_max)
+        return _narrowed((q - zero_point) * scale, input.dtype)
+
+
+class QuantizeDequantizeDoReFa(nn.Module):
+    """DoReFa's activation: rint(n clamp(x, 0, 1)) / n."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the quantized `input`."""
+        x = input.to(_wide(input.dtype)).clamp(0, 1)
+        return (torch.round(x * self.n) / self.n).to(input.dtype)
+
+
+class Clamp(nn.Module):
+    """A clamp-type activation whose range has seen nothing."""
+
+    def __init__(self, bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.bounds = bounds
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the clamped `input`."""
+        return _clamped(input, self.bounds)
+
+
+def _clamped(input: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Without infinite bounds, which AOTInductor cannot write."""
+    low, high = (None if math.isinf(bound) else bound for bound in bounds)
+    return input if low is None and high is None else input.clamp(low, high)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a half format, what lies beyond the largest number becomes that."""
+    if values.dtype == dtype:
+        return values
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
+
+
+def _activation(module: nn.Module) -> nn.Module:
+    if isinstance(module, DoReFaGradient):
+        return nn.Identity()
+    activation: Activation = activation_of(module)
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    if activation.grid is None:
+        return nn.Identity() if activation.bounds is None else Clamp(activation.bounds)
+    if isinstance(module, DoReFaActivation):
+        return QuantizeDequantizeDoReFa(activation.grid.quant_max)
+    return QuantizeDequantize(activation.grid, activation.bounds).to(device)
+
+
+def _weight(named: NamedQuantizer, integers: dict[int, Tensor]) -> nn.Module:
+    """Stores the integers in the place of the weight; returns what makes the weight from them."""
+    layer = named.layer.module
+    if parametrize.is_parametrized(layer, named.parameter):
+        raise TypeError(
+            "expected a weight without parametrizations; call torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    weight = getattr(layer, named.parameter)
+    found = weight_of(named.module, weight)
+    if found is None:
+        return nn.Identity()
+    grid, levels = found[0].signed(found[1])
+    dtype = next(
+        dtype
+        for dtype in (torch.int8, torch.int16, torch.int32)
+        if torch.iinfo(dtype).min <= grid.quant_min and grid.quant_max <= torch.iinfo(dtype).max
+    )
+    if named.parameter in layer._parameters:
+        del layer._parameters[named.parameter]
+    stored = integers.setdefault(id(weight), levels.to(dtype))  # a tied weight stays one tensor
+    if not torch.equal(stored, levels.to(dtype)):
+        stored = levels.to(dtype)
+    layer.register_buffer(named.parameter, stored.to(weight.device))
+    if isinstance(named.module, DoReFaWeight) and named.module.bits > 1:
+        return DequantizeDoReFa(grid.quant_max, weight.dtype)
+    return Dequantize(grid, levels.dim(), weight.dtype).to(weight.device)
