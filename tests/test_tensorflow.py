@@ -140,6 +140,51 @@ def test_current_range(size: int, dtype: torch.dtype) -> None:
         )
 
 
+def in_groups(quantize: Callable[[Tensor, int], Tensor], axis: int, group_size: int) -> Callable[[Tensor], Tensor]:
+    """Each group by itself: `quantize` gets it, the axis moved last, as rows, and the group's number."""
+
+    def whole(x: Tensor) -> Tensor:
+        groups = torch.split(x.movedim(axis, -1), group_size, -1)
+        done = [quantize(group.reshape(-1, group.shape[-1]), i).reshape(group.shape) for i, group in enumerate(groups)]
+        return torch.cat(done, -1).movedim(-1, axis)
+
+    return whole
+
+
+GROUPED = [((3, 70), -1, 32), ((70, 5), 0, 32), ((2, 9, 4), 1, 3), ((2, 9, 4), -2, 100), ((6,), 0, 1), ((0, 4), 1, 2)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "axis", "group_size"), GROUPED, ids=str)
+def test_groups(shape: tuple[int, ...], axis: int, group_size: int, dtype: torch.dtype) -> None:
+    x = sample(shape, dtype)
+    lines = x.movedim(axis, -1).shape[:-1]
+    groups = -(-shape[axis] // group_size)
+    scale = torch.arange(1, math.prod(lines) * groups + 1).reshape(-1, groups) / 50
+    zero_point = (torch.arange(scale.numel()) % 256).reshape(scale.shape).to(torch.int32)
+
+    def given(rows: Tensor, group: int) -> Tensor:
+        return reference.fake_quantize(rows, scale[:, group], zero_point[:, group], 0, 255, 0)
+
+    arguments = [p.reshape(*lines, groups).movedim(-1, axis).numpy() for p in (scale, zero_point)]
+    assert_agree(
+        x,
+        lambda x: operators.fake_quantize(x, *arguments, 0, 255, axis, group_size=group_size),
+        in_groups(given, axis, group_size),
+    )
+    for symmetric in (False, True):
+
+        def current(rows: Tensor, group: int) -> Tensor:
+            return reference.fake_quantize_current(rows, -7, 7, symmetric=symmetric, axis=0)  # noqa: B023
+
+        def actual(x: Any) -> Any:
+            return operators.fake_quantize_current(x, -7, 7, symmetric=symmetric, axis=axis, group_size=group_size)  # noqa: B023
+
+        assert_agree(x, actual, in_groups(current, axis, group_size))
+        unknown = tf.function(actual, input_signature=[tf.TensorSpec([None] * len(shape), to_tf(x).dtype)])
+        assert_agree(x, unknown, in_groups(current, axis, group_size))
+
+
 def expected_step(
     x: Tensor, observed: Tensor, step: int, start: int, momentum: float, **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -304,6 +349,22 @@ GRID = {"quant_min": 0, "quant_max": 255}
         (
             lambda x: operators.fake_quantize(x, [0.1], [0], 0, 255, bounds=(1.0, 1.0)),
             "fake_quantize: expected `low` to be less than high = 1, but got 1",
+        ),
+        (
+            lambda x: operators.fake_quantize(x, [0.1], [0], 0, 255, group_size=2),
+            "fake_quantize: expected `axis` to be the dimension that has groups, but got None",
+        ),
+        (
+            lambda x: operators.fake_quantize(x, [[0.1, 0.1]], [[0, 0]], 0, 255, 1, group_size=2),
+            "fake_quantize: expected `scale` to be of shape [2, 2], but got [1, 2]",
+        ),
+        (
+            lambda x: operators.fake_quantize_current(x, 0, 255, axis=1, group_size=0),
+            "fake_quantize_current: expected `group_size` to be an int, 1 or more, but got 0",
+        ),
+        (
+            lambda x: operators.fake_quantize_current(x, 0, 255, axis=2, group_size=1),
+            "fake_quantize_current: expected `axis` to be an axis of `input` with 2 dimensions, but got 2",
         ),
         (
             lambda x: operators.fake_quantize_in_range(x, [0.0, 1.0], 0, 1, symmetric=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tensorflow as tf
 
@@ -71,6 +71,59 @@ def _axes(axis: int | None) -> list[int]:
     return [] if axis is None else [axis]
 
 
+def _fail(op: str, argument: str, expected: str, actual: object) -> NoReturn:
+    message = f"{op}: expected `{argument}` to be {expected}, but got {actual}"
+    raise tf.errors.InvalidArgumentError(None, None, message)
+
+
+class _Groups:
+    """How the groups of a tensor become the rows of a matrix, a grid each, and how that becomes the tensor again.
+
+    Zeros fill up a last group that is shorter: every grid has zero, so they change neither a range nor a gradient.
+    """
+
+    def __init__(self, op: str, x: Any, axis: int | None, group_size: object) -> None:
+        rank = x.shape.rank
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+            _fail(op, "group_size", "an int, 1 or more", repr(group_size))
+        if axis is None:
+            _fail(op, "axis", "the dimension that has groups", None)
+        if rank is None:
+            _fail(op, "input", "of a known rank", "an unknown one")
+        if not -rank <= axis < rank:
+            _fail(op, "axis", f"an axis of `input` with {rank} dimensions", axis)
+        axis %= rank
+        others = [i for i in range(rank) if i != axis]
+        self.to_last = [*others, axis]
+        self.from_last = [*range(axis), rank - 1, *range(axis, rank - 1)]
+        # Ints where they are known, so that the rows' sizes are.
+        *self.others, self.size = [tf.shape(x)[i] if x.shape[i] is None else x.shape[i] for i in self.to_last]
+        known = isinstance(self.size, int)
+        self.group_size = max(min(group_size, self.size), 1) if known else tf.clip_by_value(self.size, 1, group_size)
+        self.groups = -(-self.size // self.group_size)
+
+    def rows(self, x: Any) -> Any:
+        """[groups, group_size]."""
+        filling = self.groups * self.group_size - self.size
+        paddings = [[0, 0]] * len(self.others) + [[0, filling]]
+        moved = tf.pad(tf.transpose(x, self.to_last), paddings)
+        return tf.reshape(moved, [math.prod(self.others) * self.groups, self.group_size])
+
+    def per_row(self, op: str, argument: str, parameter: Any, dtype: Any) -> Any:
+        """A parameter of the input's shape, with a group in the place of its elements: [groups]."""
+        parameter = tf.convert_to_tensor(parameter, dtype)
+        sizes = [size if isinstance(size, int) else None for size in (*self.others, self.groups)]
+        expected = tf.TensorShape([sizes[i] for i in self.from_last])
+        if not parameter.shape.is_compatible_with(expected):
+            _fail(op, argument, f"of shape {expected.as_list()}", parameter.shape.as_list())
+        return tf.reshape(tf.transpose(parameter, self.to_last), [-1])
+
+    def restore(self, rows: Any) -> Any:
+        """The tensor."""
+        moved = tf.reshape(rows, [*self.others, self.groups * self.group_size])
+        return tf.transpose(moved[..., : self.size], self.from_last)
+
+
 def fake_quantize(
     x: Any,
     scale: Any,
@@ -79,22 +132,33 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     *,
+    group_size: int | None = None,
     bounds: Bounds | None = None,
 ) -> Any:
     """Rounds to an affine integer grid and back; see :func:`quantkernels.functional.fake_quantize`.
 
     Args:
         x: any shape; float32, float64, float16 or bfloat16, as in all functions here.
-        scale: float32, [] or [1]; with `axis`, [channels].
+        scale: float32, [] or [1]; with `axis`, [channels]; with `group_size`, the shape of `x` but for as many along
+            `axis` as there are groups.
         zero_point: int32, of the same shape; within the grid.
         quant_min: lowest integer of the grid.
         quant_max: highest integer of the grid.
         axis: the dimension with one scale and zero point per index; None for one of each.
+        group_size: elements along `axis` that share a scale and zero point; the last group may be shorter.
         bounds: ``(low, high)`` of a clamp-type activation applied first, in float32.
 
     Returns:
         The fake-quantized tensor, of the shape and dtype of `x`.
     """
+    if group_size is not None:
+        op = "fake_quantize"
+        x = tf.convert_to_tensor(x)
+        groups = _Groups(op, x, axis, group_size)
+        scale = groups.per_row(op, "scale", scale, tf.float32)
+        zero_point = groups.per_row(op, "zero_point", zero_point, tf.int32)
+        rows = fake_quantize(groups.rows(x), scale, zero_point, quant_min, quant_max, 0, bounds=bounds)
+        return groups.restore(rows)
     low, high = bounds or _UNBOUNDED
     return raw.quantkernels_fake_quantize(
         x, scale, zero_point, quant_min=quant_min, quant_max=quant_max, axis=_axes(axis), low=low, high=high
@@ -194,6 +258,7 @@ def fake_quantize_current(
     *,
     symmetric: bool = False,
     axis: int | None = None,
+    group_size: int | None = None,
     active: Any = None,
 ) -> Any:
     """Fake-quantizes with the tensor's own range; see :func:`quantkernels.functional.fake_quantize_current`.
@@ -204,11 +269,17 @@ def fake_quantize_current(
         quant_max: highest integer of the grid.
         symmetric: whether the zero point is fixed to the middle of the grid.
         axis: the dimension with one range per index; None for one range.
+        group_size: elements along `axis` that share a range; the last group may be shorter.
         active: None, or float32 [2]: while it is (0, 0), `x` passes unquantized.
 
     Returns:
         The fake-quantized tensor, of the shape and dtype of `x`.
     """
+    if group_size is not None:
+        x = tf.convert_to_tensor(x)
+        groups = _Groups("fake_quantize_current", x, axis, group_size)
+        rows = fake_quantize_current(groups.rows(x), quant_min, quant_max, symmetric=symmetric, axis=0, active=active)
+        return groups.restore(rows)
     active = tf.constant([0.0, 1.0]) if active is None else active
     return raw.quantkernels_fake_quantize_current(
         x, active, quant_min=quant_min, quant_max=quant_max, symmetric=symmetric, axis=_axes(axis)
