@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +34,16 @@ _FLOAT_CLASS = "_quantkernels"  # in the namespace of a swapped class: the class
 
 Spec = dict[str, dict[str, Any]]
 """Of one layer: by attribute the kind and the settings of its quantizers, in plain values."""
+
+
+class _Calls(threading.local):
+    """The layers whose call is running in this thread, by identity."""
+
+    def __init__(self) -> None:
+        self.running: set[int] = set()
+
+
+_calls = _Calls()
 
 
 def float_class(layer: Any) -> Any:
@@ -99,7 +111,7 @@ class _Weight:
             weight = vars(layer)[self.name]
         else:
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {self.name!r}")
-        if not vars(layer).get("_in_call") or self.quantizer not in vars(layer).get("_quantizer_names", ()):
+        if id(layer) not in _calls.running or self.quantizer not in vars(layer).get("_quantizer_names", ()):
             return weight
         # Under mixed precision the float32 weight is quantized, and what the layer computes with is rounded after that.
         quantized = getattr(layer, self.quantizer)(keras.ops.convert_to_tensor(weight))
@@ -138,6 +150,10 @@ def quantized_class(cls: Any) -> type:
         cls.build_from_config(self, config)
         _instrument_inside(self, must=True)
 
+    def reduce(self: Any) -> Any:
+        _, arguments = cls.__reduce__(self)
+        return _unpickled, (cls, *arguments)
+
     body: dict[str, Any] = {
         _FLOAT_CLASS: cls,
         "__module__": __name__,
@@ -146,6 +162,7 @@ def quantized_class(cls: Any) -> type:
         "get_config": get_config,
         "from_config": classmethod(from_config),
         "build_from_config": build_from_config,
+        "__reduce__": reduce,
     }
     for index, name in enumerate(weight_names(cls)):
         body[name] = _Weight(cls, name, numbered(WEIGHT, index))
@@ -159,22 +176,40 @@ def quantized_class(cls: Any) -> type:
 quantized_class(keras.layers.Dense)
 
 
+def _unpickled(cls: Any, *arguments: Any) -> Any:
+    """A pickled layer of ours: pickle finds its class, which is no module's attribute, in here."""
+    return cls._unpickle_model(*arguments)
+
+
 def _call(self: Any, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     by_name = quantizers(self)
-    if INPUT in by_name and args:
-        args = (_each_input(by_name, args[0]), *args[1:])
     output = by_name.get(OUTPUT)
-    if output is not None and output.bounds is not None:  # computes the activation too
-        return output(args[0])
-    vars(self)["_in_call"] = True
+    clamps = output is not None and output.bounds is not None
+    if INPUT in by_name or clamps:
+        first, args, kwargs = _without_first(cls, args, kwargs)
+        first = _each_input(by_name, first) if INPUT in by_name else first
+        if output is not None and clamps:  # computes the activation too
+            return output(first)
+        args = (first, *args)
+    outermost = id(self) not in _calls.running
+    _calls.running.add(id(self))
     try:
         result = cls.call(self, *args, **kwargs)
     finally:
-        vars(self)["_in_call"] = False
+        if outermost:
+            _calls.running.discard(id(self))
     for quantizer in (by_name.get(GRADIENT), output):
         if quantizer is not None:
             result = _first_floating(quantizer, result)
     return result
+
+
+def _without_first(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], Any]:
+    """The first argument of a call, and the others; it may have been given by its name."""
+    if args:
+        return args[0], args[1:], kwargs
+    name = list(inspect.signature(cls.call).parameters)[1]
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 def _is_floating(x: Any) -> bool:
@@ -242,7 +277,7 @@ def restore(layer: Any) -> None:
             delattr(layer, name)
     if "_supported_jit" in vars(layer):
         layer.supports_jit = vars(layer).pop("_supported_jit")
-    for name in ("_quantizer_names", "_in_call", "_pending_inside"):
+    for name in ("_quantizer_names", "_pending_inside"):
         vars(layer).pop(name, None)
     object.__setattr__(layer, "__class__", float_class(layer))
 

@@ -174,9 +174,13 @@ class Quantizer:
         """Instruments the model and returns it.
 
         Raises:
-            RuntimeError: the model, or a layer in it, is compressed already.
+            RuntimeError: the model, or a layer in it, is compressed already; or this is the quantizer of a loaded one.
             ValueError: the configuration no longer fits the model, which was changed in the meantime.
         """
+        if not self.entries:
+            raise RuntimeError(
+                "Quantizer.compress: expected a quantizer made from a config_list, but got that of a loaded model"
+            )
         for named in named_layers(self.model):
             if layers_.is_instrumented(named.module):
                 what = f"its layer {named.names[0]!r}" if named.names[0] else "it"
@@ -292,6 +296,8 @@ class Quantizer:
         excluding = [entry for entry in self.entries if entry.exclude and entry.matches(module)]
         if excluding:
             return f"not quantized: excluded by config_list[{excluding[-1].index}]"
+        if entry is not None:
+            return "not quantized: made after compress()" if self.layers else "not quantized: not compressed"
         return "not quantized: no entry matches it"
 
     def _planned_layers(self) -> list[QuantizedLayer]:

@@ -173,15 +173,14 @@ class FakeQuantize(Quantizing):
             scale = ops.maximum((high - low) / (self.quant_max - self.quant_min), 2.0**-126)
             zero_point = ops.clip(self.quant_min - ops.round(low / scale), self.quant_min, self.quant_max)
         scale = ops.maximum(scale, 2.0**-126)
+        low, high = (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
         narrow = self.symmetric and self.quant_min < 0
-        return keras.quantizers.fake_quant_with_min_max_vars(
-            x,
-            (self.quant_min - zero_point) * scale,
-            (self.quant_max - zero_point) * scale,
-            self.bits,
-            narrow_range=narrow,
-            axis=self.axis,
-        )
+        if self.axis is None:
+            return keras.quantizers.fake_quant_with_min_max_vars(x, low, high, self.bits, narrow)
+        # Keras puts the channels last on TensorFlow alone, and elsewhere takes them to be there.
+        moved = ops.swapaxes(x, self.axis, -1)
+        y = keras.quantizers.fake_quant_with_min_max_vars(moved, low, high, self.bits, narrow, axis=-1)
+        return ops.swapaxes(y, self.axis, -1)
 
 
 class DoReFaWeight(Quantizing):
