@@ -516,6 +516,7 @@ def _check_applicable(layer: QuantizedLayer, quant_type: QuantType) -> None:
     where = f"config_list[{layer.entry.index}]: quant type {quant_type!r}: layer {layer}"
     if quant_type == "weight":
         _check_weight(where, layer.layer)
+        _check_axis(layer)
     elif isinstance(layer.layer, keras.layers.InputLayer):
         raise ValueError(f"{where} is never called; quantize the input of the layer behind it")
     elif isinstance(layer.layer, keras.Model):
@@ -535,3 +536,16 @@ def _check_weight(where: str, layer: Any) -> None:
     for name in layers_.weight_names(cls):
         if not known and not hasattr(layer, name):
             raise ValueError(f"{where} has no weight {name!r}")
+
+
+def _check_axis(layer: QuantizedLayer) -> None:
+    entry = layer.entry
+    if entry is None or entry.quant_axis is None:
+        return
+    for name in layers_.weight_names(layers_.float_class(layer.layer)):
+        weight = getattr(layer.layer, name, None)  # None before the layer is built
+        if weight is not None and not -len(weight.shape) <= entry.quant_axis < len(weight.shape):
+            raise ValueError(
+                f"config_list[{entry.index}]['quant_axis']: expected an axis of {name!r} of layer {layer}, which has "
+                f"{len(weight.shape)} dimensions, but got {entry.quant_axis}"
+            )
