@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from quantkernels._errors import fail as fail
 
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -59,11 +61,6 @@ def build_info() -> dict[str, Any]:
     """
     info: dict[str, Any] = json.loads(torch.ops.quantkernels.build_info())
     return info
-
-
-def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = RuntimeError) -> NoReturn:
-    """Raises the one form of error message that all operators use; operators themselves raise RuntimeError."""
-    raise error(f"{op}: expected `{argument}` to be {expected}, but got {actual}")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -231,18 +231,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m quantkernels.demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=10, help="epochs per training (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per configuration (default %(default)s)")
+    parser.add_argument("--keras", action="store_true", help="a Keras model in place of PyTorch's")
     options = parser.parse_args(arguments)
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise SystemExit("The demo needs tqdm for its progress bar; run: pip install scikit-learn tqdm") from error
 
+    train, rows = measure, len(CONFIGURATIONS)
+    if options.keras:
+        from quantkernels.keras import demo as keras_demo
+
+        train, rows = keras_demo.measure, len(keras_demo.CONFIGURATIONS)
     torch.use_deterministic_algorithms(True)
     # The network is too small to gain from threads, and sums then do not depend on the number of cores.
     torch.set_num_threads(1)
-    total = options.seeds * options.epochs * len(CONFIGURATIONS)
-    with tqdm(desc="Training", total=total, unit="epoch", disable=None) as bar:
-        results = measure(options.epochs, options.seeds, bar.update)
+    with tqdm(desc="Training", total=options.seeds * options.epochs * rows, unit="epoch", disable=None) as bar:
+        results = train(options.epochs, options.seeds, bar.update)
     print(table(results))
     print(f"\nMean over {options.seeds} seeds, {options.epochs} epochs each, {TEST_IMAGES} test images.")
     print("vs float: percentage points. epoch time: median ratio to the float epoch of the same round.")

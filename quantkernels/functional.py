@@ -22,6 +22,7 @@ from torch.jit import _trace as _jit
 from quantkernels import _autograd
 from quantkernels._autograd import MASKED, bump_versions, masked
 from quantkernels._ops import fail
+from quantkernels.grids import quant_range
 
 __all__ = [
     "batch_norm_fake_quantize",
@@ -47,35 +48,6 @@ _raw: Any = torch.ops.quantkernels
 _per_tensor = MASKED["fake_quantize_per_tensor"].operator.eager
 _tracing = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
-
-
-def quant_range(bits: int, quant_dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
-    """The integer grid of a quantizer.
-
-    Args:
-        bits: 1 to 16, at least 2 when symmetric.
-        quant_dtype: ``'uint'`` or ``'int'``.
-        symmetric: the zero point is fixed; signed grids are then narrow, [-127, 127] for 8 bits (Jacob et al. 2018).
-
-    Returns:
-        ``(quant_min, quant_max)``.
-
-    Raises:
-        TypeError: `bits` is no int.
-        ValueError: a value is out of range.
-    """
-    op = "quant_range"
-    if quant_dtype not in ("uint", "int"):
-        fail(op, "quant_dtype", "'uint' or 'int'", repr(quant_dtype), ValueError)
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        fail(op, "bits", "an int", repr(bits), TypeError)
-    fewest = 2 if symmetric else 1
-    if not fewest <= bits <= 16:
-        fail(op, "bits", f"an int from {fewest} to 16", repr(bits), ValueError)
-    if quant_dtype == "uint":
-        return 0, 2**bits - 1
-    highest = 2 ** (bits - 1) - 1
-    return (-highest if symmetric else -highest - 1), highest
 
 
 def _divide(tensor: Tensor, number: int) -> Tensor:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels.grids import Dtype, Scheme
 from quantkernels.nn.observers import Observers
-
-Dtype = Literal["uint", "int"]
-Scheme = Literal["per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"]
 
 
 class FakeQuantize(nn.Module):

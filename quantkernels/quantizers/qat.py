@@ -9,6 +9,7 @@ from torch import nn
 from quantkernels.nn import FakeQuantize
 from quantkernels.quantizers.base import QuantizedLayer, Quantizer
 from quantkernels.quantizers.config import Grammar, QuantType
+from quantkernels.quantizers.grammars import QAT
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OUTPUTS_FIRST = (
@@ -57,13 +58,7 @@ class QAT_Quantizer(Quantizer):
         TypeError, ValueError: see Quantizer.
     """
 
-    grammar: ClassVar[Grammar] = Grammar(
-        quantizer="QAT_Quantizer",
-        quant_types=("weight", "input", "output"),
-        default_dtype="uint",
-        default_scheme="per_tensor_affine",
-        delay=True,
-    )
+    grammar: ClassVar[Grammar] = QAT
 
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         """See Quantizer."""

@@ -1,10 +1,9 @@
-"""The summary of a quantizer: a row for all that is quantized, or has weights and is not, as data and as a table."""
+"""The summary of a quantizer: a row for everything that is quantized or has weights and is not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,74 +14,11 @@ from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
 from quantkernels.nn.observers import STEP
 from quantkernels.quantizers.config import config_notes, deciding_entry, named_modules
+from quantkernels.quantizers.table import Summary as Summary
+from quantkernels.quantizers.table import SummaryRow as SummaryRow
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import QuantizedLayer, Quantizer
-
-_HEADINGS = {"quant_type": "quantized", "observed_range": "range", "clipped": "clipped", "sqnr": "SQNR", "status": ""}
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One tensor that is quantized, or one layer with weights of which nothing is.
-
-    Attributes:
-        name: the layer's name.
-        op_type: its class name.
-        quant_type: 'weight', 'input', 'output' or 'gradient'; '-' where nothing is quantized.
-        bits: the width of the grid; None where nothing is quantized.
-        dtype: 'uint' or 'int', or '' where the quantizer has one fixed grid.
-        scheme: as in the configuration, or ''.
-        observed_range: (least, greatest) over the channels: of the observed range, or of the weight. None if unknown.
-        clipped: the share of elements outside the grid; None unless it was measured.
-        sqnr: signal to quantization noise ratio in dB: of the weight, and of inputs and outputs where it was measured.
-        status: 'quantized', or why not, or not yet.
-    """
-
-    name: str
-    op_type: str
-    quant_type: str
-    bits: int | None = None
-    dtype: str = ""
-    scheme: str = ""
-    observed_range: tuple[float, float] | None = None
-    clipped: float | None = None
-    sqnr: float | None = None
-    status: str = "quantized"
-
-
-@dataclass(frozen=True)
-class Summary(Sequence[SummaryRow]):
-    """The rows, which it is a sequence of, and what is to be said of the configuration. Its text is a table.
-
-    Attributes:
-        rows: in the model's order.
-        notes: sentences about entries that decide less than they seem to, and about what each batch norm runs with.
-    """
-
-    rows: tuple[SummaryRow, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    def __getitem__(self, index: Any) -> Any:
-        """The row, or rows."""
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[SummaryRow]:
-        """The rows."""
-        return iter(self.rows)
-
-    def __str__(self) -> str:
-        """The table and the notes."""
-        headings = [_HEADINGS.get(column.name, column.name) for column in fields(SummaryRow)]
-        lines = [headings, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-        shown = [i for i in range(len(headings)) if any(line[i] for line in lines[1:])]
-        text = ["  ".join(line[i].ljust(widths[i]) for i in shown).rstrip() for line in lines]
-        return "\n".join([*text, *self.notes])
 
 
 def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object]) -> Summary:
@@ -245,18 +181,3 @@ def _sqnr(signal: Tensor, quantized: Tensor) -> float | None:
     if power == 0 or not math.isfinite(power + noise):
         return None
     return math.inf if noise == 0 else 10 * math.log10(power / noise)
-
-
-def _cells(row: SummaryRow) -> list[str]:
-    return [
-        row.name or "(model)",
-        row.op_type,
-        row.quant_type,
-        "" if row.bits is None else str(row.bits),
-        row.dtype,
-        row.scheme,
-        "" if row.observed_range is None else "{:.4g} .. {:.4g}".format(*row.observed_range),
-        "" if row.clipped is None else f"{row.clipped:.2%}",
-        "" if row.sqnr is None else f"{row.sqnr:.1f} dB",
-        row.status,
-    ]
