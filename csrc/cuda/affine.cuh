@@ -17,10 +17,6 @@ constexpr int kSharedChannels = kBlockThreads;
 template <class S, bool kAligned>
 constexpr int kTensorChunk = kAligned && sizeof(S) == 4 ? kPackElements<S> : kChunkElements<S, kAligned>;
 
-// No grid of float64 divides (numerics/affine.h).
-template <class T>
-constexpr bool kMayDivide = std::is_same_v<T, float>;
-
 // Widens `seen` by what the thread reads, if it observes. As float32, which pending extrema are: rounding is monotonic.
 template <AffineMode mode, bool kObserves, class S, bool kAligned>
 __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t numel,
@@ -44,7 +40,7 @@ __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, 
   Extrema<float> seen = Extrema<float>::empty();
   if (grid.mode == AffineMode::kPassThrough) {
     quantize_packs<AffineMode::kPassThrough, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  } else if (kMayDivide<Compute<S>> && grid.mode == AffineMode::kDivide) {
+  } else if (grid.mode == AffineMode::kDivide) {
     quantize_packs<AffineMode::kDivide, kObserves, S, kAligned>(job, numel, grid.constants, seen);
   } else {
     quantize_packs<AffineMode::kReciprocal, kObserves, S, kAligned>(job, numel, grid.constants, seen);
@@ -57,7 +53,7 @@ __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
   if (grid.mode == AffineMode::kPassThrough) {
     return fake_quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
   }
-  if (kMayDivide<T> && grid.mode == AffineMode::kDivide) {
+  if (grid.mode == AffineMode::kDivide) {
     return fake_quantize_element<AffineMode::kDivide, S>(x, grid.constants);
   }
   return fake_quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
