@@ -8,6 +8,7 @@ from quantkernels import functional, recipes, reference
 from quantkernels import nn as nn  # not in __all__: a star import must not shadow torch's
 from quantkernels.quantizers import (
     DoReFaQuantizer,
+    LsqQuantizer,
     NaiveQuantizer,
     QAT_Quantizer,
     QATQuantizer,
@@ -18,6 +19,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "DoReFaQuantizer",
+    "LsqQuantizer",
     "NaiveQuantizer",
     "QATQuantizer",
     "QAT_Quantizer",

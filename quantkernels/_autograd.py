@@ -8,7 +8,8 @@ Functions with ``setup_context`` serve there, whose calls cost three times as mu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,6 +131,21 @@ def composing() -> bool:
 
 def _in_jit_trace() -> bool:
     return not _tracing() and torch._C._is_tracing()
+
+
+@contextmanager
+def _tracing_paused() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def untraced() -> AbstractContextManager[None]:
+    """Within it shapes are numbers: a torch.jit.trace takes them for tensors."""
+    return _tracing_paused() if _in_jit_trace() else nullcontext()
 
 
 def bump_versions(tensors: Iterable[Tensor]) -> None:
@@ -417,8 +433,10 @@ class LearnedGrid(NamedTuple):
         """What tangents of input, scale and zero point are multiplied with; the last two as `input` broadcasts them."""
         s, z, quant_min, quant_max, axis = self.given(scale, zero_point)
         x = input if input.dtype == torch.float64 else input.float()
-        weight = torch.as_tensor(self.weight(), dtype=x.dtype, device=x.device).expand(s.shape)
-        s, z, weight = (self._over(t.to(x.dtype), x, axis) for t in (s, z, weight))
+        weight = self.weight()
+        if isinstance(weight, Tensor):
+            weight = self._over(weight.to(x.dtype), x, axis)
+        s, z = (self._over(parameter.to(x.dtype), x, axis) for parameter in (s, z))
         quotient = x / s
         rounded = quotient.round()
         level = rounded.clamp(quant_min - z, quant_max - z)

@@ -20,7 +20,16 @@ from torch.autograd import forward_ad as _forward
 from torch.jit import _trace as _jit
 
 from quantkernels import _autograd
-from quantkernels._autograd import MASKED, LearnedGrid, bump_versions, check_writable, learned, masked, needs_grad
+from quantkernels._autograd import (
+    MASKED,
+    LearnedGrid,
+    bump_versions,
+    check_writable,
+    learned,
+    masked,
+    needs_grad,
+    untraced,
+)
 from quantkernels._groups import Groups
 from quantkernels._ops import fail
 
@@ -387,12 +396,13 @@ def fake_quantize_learned(
     for argument, parameter in (("scale", scale), ("zero_point", zero_point)):
         if parameter is not None and not parameter.is_floating_point():
             fail(op, argument, "floating", str(parameter.dtype).removeprefix("torch."))
-    if zero_point is not None and zero_point.shape != scale.shape:
-        fail(op, "zero_point", f"of shape {list(scale.shape)}", list(zero_point.shape))
+    with untraced():
+        if zero_point is not None and zero_point.shape != scale.shape:
+            fail(op, "zero_point", f"of shape {list(scale.shape)}", list(zero_point.shape))
+        elements = max(input.numel() // max(scale.numel(), 1), 1)
     if quant_max < 1:
         fail(op, "quant_max", "at least 1", quant_max, ValueError)
     if group_size is None:
-        elements = max(input.numel() // max(scale.numel(), 1), 1)
         return learned(input, scale, zero_point, LearnedGrid(quant_min, quant_max, axis, elements))
     groups = Groups.of(op, input, axis, group_size)
     scale = groups.per_group(op, "scale", scale, input)

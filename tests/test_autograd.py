@@ -842,6 +842,7 @@ def test_learned_scales_have_no_second_derivative_and_say_so() -> None:
         second(scale)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_learned_scales_in_a_trace_and_compiled() -> None:
     x, scale, zero_point = (t.requires_grad_() for t in learned_arguments())
     expected = torch.autograd.grad(learned_sum(x, scale, zero_point), (x, scale, zero_point))

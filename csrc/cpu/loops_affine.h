@@ -212,7 +212,7 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
   AffineConstants<V> constants = make_constants(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
   constexpr LaneBits kAll = static_cast<LaneBits>(-1);
   const LaneBits reciprocal =
-      kHasFusedMultiplyAdd<T> ? reciprocal_divides<S>(scales, level_min, level_max) : LaneBits{0};
+      kHasFusedMultiplyAdd<T> ? reciprocal_divides<S>(absolute(scales), level_min, level_max) : LaneBits{0};
   AffineMode mode = AffineMode::kReciprocal;
   if (reciprocal == kAll && unbounded_is_faster(job)) {
     clamp_to_passing(constants);

@@ -188,7 +188,8 @@ QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t qua
                                     typename ComputeType<S>::type low, typename ComputeType<S>::type high) {
   const int64_t level_min = int64_t{quant_min} - zero_point;
   const int64_t level_max = int64_t{quant_max} - zero_point;
-  const bool reciprocal = reciprocal_divides<S>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
+  const bool reciprocal =
+      reciprocal_divides<S>(absolute(scale), static_cast<float>(level_min), static_cast<float>(level_max));
   return {make_constants(T(scale), T(level_min), T(level_max), low, high),
           reciprocal ? AffineMode::kReciprocal : AffineMode::kDivide};
 }

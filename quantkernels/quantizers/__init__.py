@@ -2,7 +2,16 @@
 
 from quantkernels.quantizers.base import QuantizedLayer, Quantizer
 from quantkernels.quantizers.dorefa import DoReFaQuantizer
+from quantkernels.quantizers.lsq import LsqQuantizer
 from quantkernels.quantizers.naive import NaiveQuantizer
 from quantkernels.quantizers.qat import QAT_Quantizer, QATQuantizer
 
-__all__ = ["DoReFaQuantizer", "NaiveQuantizer", "QATQuantizer", "QAT_Quantizer", "QuantizedLayer", "Quantizer"]
+__all__ = [
+    "DoReFaQuantizer",
+    "LsqQuantizer",
+    "NaiveQuantizer",
+    "QATQuantizer",
+    "QAT_Quantizer",
+    "QuantizedLayer",
+    "Quantizer",
+]
