@@ -94,6 +94,7 @@ MASKED = {
 _ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
 
 _STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_GIVEN = MASKED["fake_quantize"].operator
 _LEARNED_BACKWARD = _Operator.of(_raw.fake_quantize_learned_backward.default)
 _DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
 _DOREFA_WEIGHT_BACKWARD = _Operator.of(_raw.dorefa_weight_backward.default)
@@ -410,8 +411,7 @@ class LearnedGrid(NamedTuple):
 
     def quantize(self, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """The output, not differentiated."""
-        quantizer = MASKED["fake_quantize"].operator.pick()
-        output: Tensor = quantizer(input, *self.given(scale, zero_point), None, None)[0]
+        output: Tensor = _GIVEN.pick()(input, *self.given(scale, zero_point), None, None)[0]
         return output
 
     def weight(self) -> float | Tensor:

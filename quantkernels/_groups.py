@@ -67,6 +67,12 @@ class Groups(NamedTuple):
             fail(op, argument, f"of shape {shape}", list(parameter.shape))
         return parameter.movedim(self.axis, -1).reshape(-1)
 
+    def in_place_of_elements(self, per_row: Tensor, input: Tensor) -> Tensor:
+        """What has a number for each row, [groups], in :meth:`shape`."""
+        shape = self.shape(input)
+        moved = [*(size for d, size in enumerate(shape) if d != self.axis), self.groups]
+        return per_row.reshape(moved).movedim(-1, self.axis)
+
     def elements(self, input: Tensor) -> int | Tensor:
         """How many of the input's elements share a scale; [groups] where the last groups have fewer."""
         if self.filling == 0:
@@ -80,6 +86,6 @@ class Groups(NamedTuple):
         """The tensor, in the memory format of `like`; within a vmap, which knows of none, contiguous."""
         sizes = [size for d, size in enumerate(like.shape) if d != self.axis]
         moved = rows.reshape(*sizes, self.groups * self.group_size)[..., : self.size].movedim(-1, self.axis)
-        if transforming():
-            return moved.contiguous()
-        return moved.contiguous(memory_format=MEMORY_FORMATS[memory_format_index(like)])
+        if transforming() or (memory_format := memory_format_index(like)) == 0:
+            return moved.contiguous().view(-1).view(like.shape)  # strides of dimensions of one element as usual
+        return moved.contiguous(memory_format=MEMORY_FORMATS[memory_format])

@@ -197,9 +197,7 @@ class LearnedFakeQuantize(nn.Module):
             groups = Groups.of("LearnedFakeQuantize", x, self.axis, self.group_size)
             rows = groups.rows(x)
             statistics = (rows.abs().sum(1) / groups.elements(x), rows.amin(1), rows.amax(1))
-            shape = groups.shape(x)
-            moved = [*(size for d, size in enumerate(shape) if d != groups.axis), shape[groups.axis]]
-            self._set(*(s.float().reshape(moved).movedim(-1, groups.axis) for s in statistics))
+            self._set(*(groups.in_place_of_elements(of_group.float(), x) for of_group in statistics))
         self.has_range = True
 
     @torch.no_grad()
