@@ -183,7 +183,15 @@ def memory_format_index(tensor: Tensor) -> int:
 
 
 def _empty_like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=MEMORY_FORMATS[memory_format_index(input)])
+    return _empty_in_layout(input, memory_format_index(input))
+
+
+def _empty_in_layout(like: Tensor, memory_format: int) -> Tensor:
+    """With the strides of `like` where it is dense in that layout, those of dimensions of one element included."""
+    layout = MEMORY_FORMATS[memory_format]
+    if like.is_contiguous(memory_format=layout):
+        return like.new_empty_strided(like.shape, like.stride())
+    return torch.empty_like(like, memory_format=layout)
 
 
 def _empty_mask(input: Tensor) -> Tensor:
@@ -486,7 +494,7 @@ def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     if memory_format not in (0, 1, 2) or (memory_format > 0 and grad_output.dim() != memory_format + 3):
         expected = "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)"
         fail(op, "memory_format", expected, f"{memory_format} with {grad_output.dim()} dimensions")
-    return torch.empty_like(grad_output, memory_format=MEMORY_FORMATS[memory_format])
+    return _empty_in_layout(grad_output, memory_format)
 
 
 @_define("min_max(Tensor input, int? axis) -> (Tensor min, Tensor max)")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer
+from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional
 from quantkernels.export import IntegerModel, VerificationError, integer_model, verify
 from quantkernels.export import onnx as export_onnx
 from quantkernels.export.verification import run
@@ -412,3 +412,28 @@ def test_conv_net_of_the_quantizers_tests() -> None:
     quantizer = compressed(model, entries())
     found = verify(quantizer, integer_model(quantizer, models.batch(3, 256)[0]))
     assert found.integer_share == 1.0
+
+
+@pytest.mark.parametrize("scheme", ["per_tensor_symmetric", "per_tensor_affine", "per_channel_affine"])
+def test_batch_norm_in_one_operator_and_folded_weights_are_exported(scheme: str, tmp_path: Path) -> None:
+    model = net()
+    quantizer = compressed(model, entries(scheme=scheme))
+    assert len(quantizer.folded_chains()) == 2
+    assert sum("in one operator" in note for note in quantizer.batch_norm_notes) == 2
+    x = torch.rand(64, 1, 8, 8)
+    before = model(x)
+    config = quantizer.export_model(tmp_path / "model.pt", onnx_path=tmp_path / "model.onnx", dummy_input=x)
+    assert "BatchNormalization" not in [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+
+    factor = model[1].weight / (model[1].running_var + model[1].eps).sqrt()
+    folded = torch.load(tmp_path / "model.pt", weights_only=True)["0.weight"]
+    torch.testing.assert_close(folded, (model[0].weight * factor.reshape(-1, 1, 1, 1)).detach())
+    low, high = functional.min_max(folded, 0 if scheme == "per_channel_affine" else None)
+    span = 2 * torch.maximum(-low, high) / 254 if scheme == "per_tensor_symmetric" else (high - low) / 255
+    found = torch.tensor(config["0"]["weight_scale"]).reshape(span.shape)
+    torch.testing.assert_close(found, torch.where(span == 0, found, span))
+
+    (actual,) = run(str(tmp_path / "model.onnx"), {"input": x.numpy()}, optimized=True)
+    torch.testing.assert_close(actual, model(x).detach(), rtol=0, atol=0.02 * float(actual.abs().max()))
+    torch.testing.assert_close(quantizer.convert()(x), model(x).detach(), rtol=0, atol=0.02 * float(actual.abs().max()))
+    assert torch.equal(model(x), before), "an export leaves the model as it was"

@@ -59,6 +59,32 @@ def test_fake_quantize_layouts(layout: cases.Layout, bounds: Any, dtype: torch.d
     assert y.is_contiguous(memory_format=layout.result)
 
 
+# Dense in two memory formats: by the strides of its dimensions of one element torch takes a depthwise convolution's
+# weight for channels_last, and with it the convolution's backward.
+AMBIGUOUS = {
+    "depthwise, channels_last": torch.empty_strided((8, 1, 3, 3), (9, 1, 3, 1)),
+    "depthwise, contiguous": torch.empty_strided((8, 1, 3, 3), (9, 9, 3, 1)),
+    "pointwise, channels_last": torch.empty_strided((8, 4, 1, 1), (4, 1, 4, 4)),
+    "depthwise, 3d": torch.empty_strided((8, 1, 3, 3, 3), (27, 1, 9, 3, 1)),
+    "one row": torch.empty_strided((1, 5), (7, 1)),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_results_and_gradients_have_the_strides_of_the_input(name: str) -> None:
+    x = AMBIGUOUS[name].uniform_(-1, 1).requires_grad_()
+    results = {
+        "fake_quantize": functional.fake_quantize(x, 0.01, 0, -127, 127),
+        "fake_quantize_current": functional.fake_quantize_current(x, -127, 127, symmetric=True, axis=0),
+        "dorefa_weight": functional.dorefa_weight(x, 4),
+        "dorefa_activation": functional.dorefa_activation(x, 4),
+    }
+    for operator, y in results.items():
+        assert y.stride() == x.stride(), operator
+        (grad,) = torch.autograd.grad(y, x, torch.empty_strided(x.shape, x.stride()).fill_(1.0))
+        assert grad.stride() == x.stride(), operator
+
+
 # More channels than the kernels' tables hold on a page, and rows that end on any place of one.
 MANY_CHANNELS = (((70, 1024), 1), ((40, 1100), 1), ((3, 2049), 1), ((5, 700, 3), 1), ((2, 1500, 20), 1), ((1100, 7), 0))
 

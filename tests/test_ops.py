@@ -58,6 +58,10 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "observe_fake_quantize per channel": lambda: (torch.randn(5, 7), *ranges(5), 0, 255, True, 0, 0.0, None),
     "observe_fake_quantize_": lambda: (torch.randn(5, 7), *ranges(), *IN_RANGE),
     "fake_quantize_current": lambda: (torch.randn(5, 7), None, -127, 127, True, 0),
+    "fake_quantize_current depthwise": lambda: (
+        torch.empty_strided((8, 1, 3, 3), (9, 1, 3, 1)).uniform_(-1, 1),
+        *(None, -127, 127, True, 0),
+    ),
     "fake_quantize_current delayed": lambda: (torch.randn(5, 7), torch.zeros(2), 0, 255, False, None),
     "begin_step": lambda: (
         [ranges()[0], ranges(3)[0]],
@@ -87,6 +91,10 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(-8, 7, 1),
     ),
     "straight_through": lambda: (torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8), 0),
+    "straight_through depthwise": lambda: (
+        torch.empty_strided((8, 1, 3, 3), (9, 1, 3, 1)).fill_(1.0),
+        *(torch.randint(0, 256, (9,), dtype=torch.uint8), 0),
+    ),
     "straight_through channels_last": lambda: (
         torch.randn(2, 3, 4, 5),
         torch.randint(0, 256, (15,), dtype=torch.uint8),

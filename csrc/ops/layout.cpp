@@ -26,6 +26,10 @@ bool is_dense(const Tensor& tensor, Layout layout) {
   return true;
 }
 
+bool is_in_layout(const Tensor& tensor, Layout layout) {
+  return layout == Layout::kContiguous ? tensor.is_contiguous() : is_dense(tensor, layout);
+}
+
 // As many as torch's TensorIterator takes.
 constexpr int64_t kMostDimensions = 64;
 using Strides = std::array<int64_t, kMostDimensions>;
@@ -54,12 +58,13 @@ std::optional<Layout> dense_layout(const Tensor& tensor) {
 }
 
 Dense::Dense(const Tensor& tensor, Layout layout) : given_(tensor) {
-  if (layout == Layout::kContiguous ? tensor.is_contiguous() : is_dense(tensor, layout)) return;
+  if (is_in_layout(tensor, layout)) return;
   copy_ = empty_in_layout(tensor, layout);
   copy_into(copy_, tensor);
 }
 
 Tensor empty_in_layout(const Tensor& like, Layout layout) {
+  if (is_in_layout(like, layout)) return empty_strided(like, like.sizes(), like.strides(), like.dim(), like.dtype());
   const Strides strides = dense_strides(like, layout);
   return empty_strided(like, like.sizes(), strides.data(), like.dim(), like.dtype());
 }

@@ -29,7 +29,8 @@ class Dense {
   Tensor copy_;
 };
 
-// Uninitialised, with the sizes, dtype and device of `like`.
+// Uninitialised, with the sizes, dtype and device of `like`, and its strides where it is dense in the layout: those of
+// dimensions of one element say nothing about memory, but torch takes [C, 1, 3, 3] for channels_last by them.
 Tensor empty_in_layout(const Tensor& like, Layout layout);
 
 // ceil(numel / 8) bytes on the device of `like`.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.files import write_atomically
 from quantkernels.export.grids import named_quantizers, numbers, weight_of
 from quantkernels.nn.fake_quantize import FakeQuantize
@@ -40,6 +41,7 @@ def calibration_config(quantizer: Quantizer) -> CalibrationConfig:
         ValueError, TypeError: a layer's weight has no grid; the layer is named.
     """
     quantizer._check_is_compressed("export_model")
+    quantizer = type(quantizer).of(deployed_copy(quantizer))
     config: CalibrationConfig = {layer.name: {} for layer in quantizer.layers if layer.quantizers}
     for named in named_quantizers(quantizer):
         entry, module = config[named.layer.name], named.module

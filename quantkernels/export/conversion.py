@@ -6,7 +6,6 @@ AOTInductor and safetensors take it, and what they save loads where quantkernels
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from quantkernels import functional
+from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.grids import Activation, Grid, NamedQuantizer, activation_of, named_quantizers, weight_of
 from quantkernels.nn.dorefa import DoReFaActivation, DoReFaGradient, DoReFaWeight
 from quantkernels.nn.fake_quantize import FakeQuantize
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def convert(quantizer: Quantizer) -> nn.Module:
     """A copy of a compressed model for inference; see Quantizer.convert."""
     quantizer._check_is_compressed("convert")
-    model = copy.deepcopy(quantizer.model).eval()
+    model = deployed_copy(quantizer)
     plain: dict[nn.Module, nn.Module] = {}
     integers: dict[int, Tensor] = {}
     for named in list(named_quantizers(type(quantizer).of(model))):

@@ -133,9 +133,7 @@ def activation_of(module: nn.Module) -> Activation:
     if isinstance(module, FakeQuantize) and module.per_token:
         if not module.enabled:
             return Activation(None)
-        raise ValueError(
-            "expected a fixed grid, but got one of each token's own range, which only convert() takes"
-        )
+        raise ValueError("expected a fixed grid, but got one of each token's own range, which only convert() takes")
     raise TypeError(f"expected a quantizer with a fixed grid, but got {type(module).__name__}")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkernels.export.calibration import CalibrationConfig, calibration_config, write_config
+from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.files import check_is_writable, write_atomically
 from quantkernels.export.onnx import integer_model
 from quantkernels.export.verification import verify as verify_model
@@ -66,6 +67,7 @@ def _inputs(quantizer: Quantizer, input_shape: Sequence[int] | None, dummy_input
 
 
 def float_state_dict(quantizer: Quantizer) -> dict[str, Tensor]:
-    """The state_dict of the model without what the quantizer added: a float model's, which it loads into."""
-    ours = {GRIDS, *quantizer._state()}
-    return {name: tensor for name, tensor in quantizer.model.state_dict().items() if name not in ours}
+    """The state_dict of the model without what the quantizer added, folded where training folded."""
+    model = deployed_copy(quantizer)
+    ours = {GRIDS, *type(quantizer).of(model)._state()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in ours}

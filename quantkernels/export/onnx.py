@@ -5,7 +5,6 @@ torch.onnx traces the evaluated model with a marker in the place of each quantiz
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.files import write_atomically
 from quantkernels.export.grids import Activation, Grid, activation_of, named_quantizers, weight_of
 from quantkernels.export.profiles import Profile, profile_named
@@ -102,7 +102,7 @@ def integer_model(quantizer: Quantizer, inputs: Batch, profile: str = "onnxrunti
         raise ValueError(f"export: expected `opset` to be from {OPSETS[0]} to {OPSETS[-1]}, but got {opset!r}")
     from quantkernels.export.placement import Placement
 
-    model = copy.deepcopy(quantizer.model).eval().cpu().float()
+    model = deployed_copy(quantizer).cpu().float()
     activations, weights = _replace_by_markers(type(quantizer).of(model))
     args, kwargs = _arguments(inputs)
     traced = _trace(model, args, kwargs, opset)

@@ -428,7 +428,7 @@ class Placement:
         parameters = quantize.inputs[1:]
         integers = self._insert(quantize, "QuantizeLinear", [rows, *parameters], {}, f"{name}.quantize")
         reshaped = self._insert(quantize, "Reshape", [integers, shape], {}, f"{name}.reshape")
-        reshaped.shape, reshaped.dtype = quantize.outputs[0].shape, quantize.outputs[0].dtype
+        reshaped.shape, reshaped.type = quantize.outputs[0].shape, quantize.outputs[0].type
         quantize.outputs[0].replace_all_uses_with(reshaped)
         self.graph.remove(quantize, safe=True)
         return rows

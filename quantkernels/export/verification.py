@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.grids import Grid, activation_of, named_quantizers
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def verify(quantizer: Quantizer, exported: IntegerModel, path: str | Path | None
     if find_spec("onnxruntime") is None:
         raise ImportError("export: verification needs onnxruntime; run: pip install 'quantkernels[onnx]'")
     source = exported.serialized() if path is None else str(path)
-    trained, deployed = _evaluated(quantizer), _evaluated(quantizer)
+    trained, deployed = (_evaluated(model) for model in (copy.deepcopy(quantizer.model), deployed_copy(quantizer)))
     _shift_biases(deployed, exported.placed.bias_shifts)
     feeds = feeds_of(exported)
     expected, unrounded = _outputs(deployed, exported), _outputs(trained, exported)
@@ -209,10 +210,11 @@ def run(
     return [torch.from_numpy(array.copy()) for array in session.run(None, feeds)]
 
 
-def _evaluated(quantizer: Quantizer) -> nn.Module:
-    model = copy.deepcopy(quantizer.model).eval().cpu().float()
-    type(quantizer).of(model)._has_reported_evaluation = True  # who exports a model without ranges was told before
-    return model
+def _evaluated(model: nn.Module) -> nn.Module:
+    from quantkernels.quantizers.base import Quantizer
+
+    Quantizer.of(model)._has_reported_evaluation = True  # who exports a model without ranges was told before
+    return model.eval().cpu().float()
 
 
 def _shift_biases(model: nn.Module, shifts: dict[str, Tensor]) -> None:

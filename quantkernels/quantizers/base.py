@@ -454,7 +454,9 @@ class Quantizer(abc.ABC):
         outputs are quantized, int32 biases, and batch norm folded. It takes a batch of any size.
 
         Args:
-            model_path: gets the state_dict of the float model, by torch.save.
+            model_path: gets the state_dict of the float model, by torch.save. Weights that were quantized with a batch
+                norm folded in (per tensor or affine; see `fold`) are folded, so their layers have a bias and the batch
+                norms are the identity, as after decompress(fold=True).
             calibration_path: gets the calibration config: JSON if the name ends in '.json', else by torch.save.
             onnx_path: gets the ONNX model; needs the extra 'onnx', and `input_shape` or `dummy_input`.
             input_shape: the shape of the model's input; random numbers of that shape stand for it.
@@ -518,6 +520,10 @@ class Quantizer(abc.ABC):
         for layer in self.layers:
             for quantizer in layer.quantizers.values():
                 yield from (module for module in quantizer.modules() if hasattr(module, "enabled"))
+
+    def folded_chains(self) -> list[Chain]:
+        """The batch norms that are folded into a weight before it is quantized, with the layer that has it."""
+        return [chain for chain in self._folded if vars(chain.producer).get("_fold") is not None]
 
     def own_modules(self) -> set[nn.Module]:
         """Every module that `compress()` has added to the model."""

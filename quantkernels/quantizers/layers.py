@@ -107,18 +107,21 @@ def instrument(module: nn.Module, quantizers: Mapping[str, nn.Module], fused: bo
     module.__class__ = quantized_class(float_class(module))
 
 
-def put_stand_in(module: nn.Module, stand_in: Callable[..., Any]) -> None:
+def put_stand_in(module: nn.Module, stand_in: Callable[..., Any] | None) -> None:
     """Makes a call of `module` one of `stand_in`, with `module` in front, unless that returns None.
 
-    The result is quantized already; the input comes quantized where `module` does that.
+    The result is quantized already; the input comes quantized where `module` does that. None takes it away.
     """
+    if stand_in is None:
+        vars(module).pop("_stand_in", None)
+        return
     if not is_instrumented(module):
         instrument(module, {})
     vars(module)["_stand_in"] = stand_in
 
 
-def put_fold(module: nn.Module, fold: Callable[..., Tensor]) -> None:
-    """Lets `fold` quantize the weight of `module`: it is called with the quantizer and the weight."""
+def put_fold(module: nn.Module, fold: Callable[..., Tensor] | None) -> None:
+    """Lets `fold`, called with quantizer and weight, quantize the weight of `module`. None takes it away."""
     vars(module)["_fold"] = fold
 
 
