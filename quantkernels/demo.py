@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, export, recipes
+from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, export, recipes
 from quantkernels.export.verification import run
 
 TEST_IMAGES = 597
@@ -32,13 +32,22 @@ class Configuration:
     quantizer: Callable[[nn.Module], Quantizer] | None
 
 
-def qat(weight_bits: int) -> Callable[[nn.Module], Quantizer]:
-    """QAT with `weight_bits` bits for the weights and 8 for the outputs of the activations."""
+def qat(weight_bits: int, output_bits: int = 8) -> Callable[[nn.Module], Quantizer]:
+    """QAT with `weight_bits` bits for the weights and `output_bits` for the outputs of the activations."""
     config_list = [
         {"quant_types": ["weight"], "quant_bits": {"weight": weight_bits}, "op_types": LAYERS},
-        {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU6"]},
+        {"quant_types": ["output"], "quant_bits": output_bits, "op_types": ["ReLU6"]},
     ]
     return lambda model: QAT_Quantizer(model, config_list)
+
+
+def lsq(bits: int) -> Callable[[nn.Module], Quantizer]:
+    """LSQ with `bits` bits for weights, on the paper's grid with all its levels, and outputs of the activations."""
+    config_list = [
+        {"quant_types": ["weight"], "quant_bits": bits, "quant_dtype": "uint", "op_types": LAYERS},
+        {"quant_types": ["output"], "quant_bits": bits, "op_types": ["ReLU6"]},
+    ]
+    return lambda model: LsqQuantizer(model, config_list)
 
 
 def dorefa(weight_bits: int, activation_bits: int, exclude: Sequence[str] = ()) -> Callable[[nn.Module], Quantizer]:
@@ -57,6 +66,10 @@ CONFIGURATIONS = (
     Configuration("Naive, 8-bit weights", NaiveQuantizer),
     Configuration("QAT, 8-bit weights and outputs", qat(8)),
     Configuration("QAT, 4-bit weights, 8-bit outputs", qat(4)),
+    Configuration("QAT W4A4", qat(4, 4)),
+    Configuration("LSQ W4A4", lsq(4)),
+    Configuration("QAT W2A2", qat(2, 2)),
+    Configuration("LSQ W2A2", lsq(2)),
     # As in the paper, the first and the last layer stay float at so few bits.
     Configuration("DoReFa W1A2", dorefa(1, 2, exclude=["conv1", "linear"])),
     Configuration("DoReFa W8A8", dorefa(8, 8)),

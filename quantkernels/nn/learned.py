@@ -12,7 +12,7 @@ from quantkernels import functional
 from quantkernels._groups import Groups
 from quantkernels.grids import Dtype, Scheme
 from quantkernels.nn.fake_quantize import checked_bounds, clamped
-from quantkernels.nn.observers import Observers
+from quantkernels.nn.observers import Observers, assign
 
 _SMALLEST_SCALE = 2.0**-126
 _SCHEMES = tuple(
@@ -144,7 +144,14 @@ class LearnedFakeQuantize(nn.Module):
             return self._quantize(x)
         if self.calibrating or not (self.frozen or self.has_range):
             self._observe(x.detach())
-        return x
+        return self._beside(x) if self.training and not self.frozen else x
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """`x`, with gradients of zero for the parameters: DistributedDataParallel waits for one of each."""
+        if not (torch.is_grad_enabled() and self.scale.requires_grad):
+            return x
+        unused = self.scale.sum() if self.zero_point is None else self.scale.sum() + self.zero_point.sum()
+        return torch.where(self._everything[0] > 0, unused.to(x.dtype), x)
 
     def _quantize(self, x: Tensor) -> Tensor:
         scale = self.positive_scale()
@@ -213,12 +220,12 @@ class LearnedFakeQuantize(nn.Module):
             grid = (self.quant_min, self.quant_max)
             zero_point = functional.qparams(low.nan_to_num(), high.nan_to_num(), *grid)[1].float()
             most = torch.maximum(self.quant_max - zero_point, zero_point - self.quant_min)
-            _assign(self.zero_point, zero_point)
+            assign(self.zero_point, zero_point)
         scale = 2 * mean / most.sqrt()
         usable = scale.isfinite() & (scale >= _SMALLEST_SCALE)
         # What is zero, or not finite, gets the others' mean, or else 1.
         others = torch.where(usable, scale, 0).sum() / usable.sum().clamp(min=1)
-        _assign(self.scale, torch.where(usable, scale, torch.where(others > 0, others, 1.0)))
+        assign(self.scale, torch.where(usable, scale, torch.where(others > 0, others, 1.0)))
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -304,16 +311,6 @@ class LearnedFakeQuantize(nn.Module):
         if not self.enabled:
             parts.append("enabled=False")
         return ", ".join(parts)
-
-
-def _assign(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copies a whole tensor into a parameter, of which fully_shard may have left a part here."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None:
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.reshape(parameter.shape), mesh, parameter.placements)  # type: ignore[attr-defined]
-    parameter.copy_(value.reshape(parameter.shape))
 
 
 def _check_grid(bits: object, dtype: object, scheme: object) -> None:

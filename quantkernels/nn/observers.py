@@ -138,15 +138,29 @@ class Observers:
                 continue
             observed_range = member.observed_range
             observed_range.copy_(torch.where(count > 0, total / count, observed_range))
+        self._write_shards()
 
     def _initialize(self, waiting: list[Any], whole: bool) -> None:
         """Sets the scales of those that have seen something in the step, in this process or another."""
         shared = whole and self.synchronize and self._has_processes()
         chosen = waiting if shared else [member for member in waiting if member.saw]
+        if not chosen:
+            return
         for member, statistics in zip(chosen, self._statistics(chosen, shared), strict=True):
             if not shared or bool(statistics[0].isfinite()):
                 member.take(statistics)
             member.forget()
+        self._write_shards()
+
+    @torch.no_grad()
+    def _write_shards(self) -> None:
+        """What fully_shard has gathered for a forward it throws away behind it: the shards get what was set there."""
+        model: Any = self.model
+        group = model._get_fsdp_state()._fsdp_param_group if hasattr(model, "_get_fsdp_state") else None
+        ours = {parameter for member in self.learned for parameter in member.parameters()}
+        for kept in () if group is None else group.fsdp_params:
+            if getattr(kept, "_unsharded_param", None) in ours:
+                assign(kept.sharded_param, kept._unsharded_param)
 
     @torch.no_grad()
     def _statistics(self, learned: list[Any], shared: bool) -> list[Tensor]:
@@ -227,3 +241,14 @@ class Observers:
 def _is_recomputing() -> bool:
     """Whether this forward is a recomputation; a traced one asks when it runs (functional.begin_step)."""
     return not torch.compiler.is_compiling() and is_recomputing()
+
+
+def assign(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copies a whole tensor into a parameter, of which fully_shard may have left a part here."""
+    value = value.detach().reshape(parameter.shape)
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)

@@ -782,12 +782,16 @@ class Quantizer(abc.ABC):
         self._has_reported_evaluation = False
         self._begins_with_forward = self.observers.by_optimizer
 
-    def _note_float_weights(self) -> None:
+    def _note_float_weights(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Takes note that a float model's state is being loaded: learned scales of weights start from the new ones."""
         for layer in self.layers:
-            for module in layer.quantizers["weight"].modules() if "weight" in layer.quantizers else ():
-                if isinstance(module, LearnedFakeQuantize):
-                    module.reset_parameters()
+            for key, module in layer.quantizers["weight"].named_modules() if "weight" in layer.quantizers else ():
+                name = ".".join(part for part in (layer.name, key or "weight") if part)
+                weight = state_dict.get(prefix + name)
+                plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter)
+                if plain and isinstance(module, LearnedFakeQuantize):
+                    assert weight is not None
+                    module.initialize(weight)
 
     def _try(self, dummy_input: Batch) -> None:
         """Runs the model on `dummy_input` and sets the ranges from it."""

@@ -54,6 +54,9 @@ class LsqQuantizer(Quantizer):
 
     The last entry that matches a module decides it alone.
 
+    Compress before wrapping in DistributedDataParallel or fully_shard, which have to know the Parameters; a sharded
+    model is refused. A frozen scale has no gradient, for which DistributedDataParallel wants find_unused_parameters.
+
     Args:
         model: the network; instrumented in place by `compress()`.
         config_list: list of entries.
@@ -135,6 +138,11 @@ class LsqQuantizer(Quantizer):
         )
 
     def _weight(self, layer: QuantizedLayer, weight: Tensor) -> LearnedFakeQuantize:
+        if hasattr(weight, "device_mesh"):
+            raise ValueError(
+                "LsqQuantizer: expected a model before fully_shard, which has to know the scales, but layer "
+                f"{layer} is sharded"
+            )
         entry = layer.entry
         quantizer = LearnedFakeQuantize(
             entry.bits["weight"],
