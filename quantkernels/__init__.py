@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from quantkernels import nn as nn  # not in __all__: a star import must not shadow torch's
     from quantkernels.quantizers import (
         DoReFaQuantizer,
+        LsqQuantizer,
         NaiveQuantizer,
         QAT_Quantizer,
         QATQuantizer,
@@ -25,6 +26,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "DoReFaQuantizer",
+    "LsqQuantizer",
     "NaiveQuantizer",
     "QATQuantizer",
     "QAT_Quantizer",

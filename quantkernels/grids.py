@@ -7,7 +7,16 @@ from typing import Literal
 from quantkernels._errors import fail
 
 Dtype = Literal["uint", "int"]
-Scheme = Literal["per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"]
+Scheme = Literal[
+    "per_tensor_affine",
+    "per_tensor_symmetric",
+    "per_channel_affine",
+    "per_channel_symmetric",
+    "per_group_affine",
+    "per_group_symmetric",
+    "per_token_affine",
+    "per_token_symmetric",
+]
 
 OFF = 32
 """The bit width that DoReFa-Net's tables use for 'not quantized'."""

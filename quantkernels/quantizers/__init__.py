@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import QuantizedLayer, Quantizer
     from quantkernels.quantizers.dorefa import DoReFaQuantizer
+    from quantkernels.quantizers.lsq import LsqQuantizer
     from quantkernels.quantizers.naive import NaiveQuantizer
     from quantkernels.quantizers.qat import QAT_Quantizer, QATQuantizer
 
-__all__ = ["DoReFaQuantizer", "NaiveQuantizer", "QATQuantizer", "QAT_Quantizer", "QuantizedLayer", "Quantizer"]
+__all__ = [
+    "DoReFaQuantizer",
+    "LsqQuantizer",
+    "NaiveQuantizer",
+    "QATQuantizer",
+    "QAT_Quantizer",
+    "QuantizedLayer",
+    "Quantizer",
+]
 
 _HOMES = {
     "DoReFaQuantizer": "dorefa",
+    "LsqQuantizer": "lsq",
     "NaiveQuantizer": "naive",
     "QATQuantizer": "qat",
     "QAT_Quantizer": "qat",

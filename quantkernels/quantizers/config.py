@@ -58,6 +58,8 @@ class Grammar:
         default_dtype: assumed without 'quant_dtype'; None where the quantizer has one fixed grid and takes neither
             that key nor 'quant_scheme'.
         default_scheme: assumed without 'quant_scheme'.
+        weight_default: 'quant_dtype' and 'quant_scheme' assumed for weights, where they differ from the others'.
+        tokens: whether inputs and outputs may have a range for each token.
         delay: whether 'quant_start_step' is accepted.
     """
 
@@ -69,12 +71,14 @@ class Grammar:
     default_bits: int | None = None
     default_dtype: Dtype | None = None
     default_scheme: Scheme | None = None
+    weight_default: tuple[Dtype, Scheme] | None = None
+    tokens: bool = True
     delay: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Every key that an entry may have."""
-        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme", "quant_axis")
+        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme", "quant_axis", "group_size")
         delay = ("quant_start_step",) if self.delay else ()
         return ("op_types", "op_names", "exclude", "quant_types", *self.bits_keys, *grid, *delay)
 
@@ -107,7 +111,9 @@ class Entry:
         dtype: 'uint' or 'int' by quant type; empty where the quantizer has one fixed grid.
         scheme: by quant type; empty where the quantizer has one fixed grid.
         quant_start_step: number of steps before quantization begins.
-        quant_axis: the channel axis of per-channel weights; None for the one that the layer's type has.
+        quant_axis: the channel axis of per-channel weights, or the one that has groups; None for the one that the
+            layer's type has.
+        group_size: how many elements of a weight share a grid in a per-group scheme.
     """
 
     index: int
@@ -119,6 +125,7 @@ class Entry:
     scheme: Mapping[QuantType, Scheme]
     quant_start_step: int
     quant_axis: int | None = None
+    group_size: int | None = None
 
     def matches(self, module: NamedModule) -> bool:
         """Whether the entry is about `module`: of one of its types and under one of its names, where it gives both."""
@@ -308,6 +315,7 @@ class _EntryParser:
             scheme=scheme,
             quant_start_step=self._quant_start_step(where, entry),
             quant_axis=self._quant_axis(where, entry, scheme),
+            group_size=self._group_size(where, entry, scheme),
         )
 
     def _op_types(self, where: str, value: object) -> frozenset[str]:
@@ -371,8 +379,11 @@ class _EntryParser:
     def _check_bits(self, where: str, bits: Mapping[QuantType, int], scheme: Mapping[QuantType, Scheme]) -> None:
         for quant_type, width in bits.items():
             if width not in self.grammar.bits:
+                widths = sorted(self.grammar.bits - {32})
                 extra = " or 32 (off)" if 32 in self.grammar.bits else ""
-                raise ValueError(f"{where}: expected bits of {quant_type!r} in 1..16{extra}, but got {width}")
+                raise ValueError(
+                    f"{where}: expected bits of {quant_type!r} in {widths[0]}..{widths[-1]}{extra}, but got {width}"
+                )
             if width < 2 and scheme.get(quant_type, "").endswith("symmetric"):
                 raise ValueError(
                     f"{where}: expected bits of {quant_type!r} to be at least 2 with {scheme[quant_type]!r}, "
@@ -386,7 +397,9 @@ class _EntryParser:
             return {}
         value = entry.get("quant_dtype", self.grammar.default_dtype)
         given = _by_quant_type(f"{where}['quant_dtype']", value, quant_types, _one_of(get_args(Dtype)))
-        return {kind: cast(Dtype, given.get(kind, self.grammar.default_dtype)) for kind in quant_types}
+        weight = self.grammar.weight_default[0] if self.grammar.weight_default else self.grammar.default_dtype
+        default = {kind: weight if kind == "weight" else self.grammar.default_dtype for kind in quant_types}
+        return cast(dict[QuantType, Dtype], {**default, **(given if "quant_dtype" in entry else {})})
 
     def _scheme(
         self, where: str, entry: Mapping[str, object], quant_types: tuple[QuantType, ...]
@@ -396,9 +409,18 @@ class _EntryParser:
         where = f"{where}['quant_scheme']"
         value = entry.get("quant_scheme", self.grammar.default_scheme)
         given = _by_quant_type(where, value, quant_types, _one_of(get_args(Scheme)))
-        scheme = {kind: cast(Scheme, given.get(kind, self.grammar.default_scheme)) for kind in quant_types}
+        weight = self.grammar.weight_default[1] if self.grammar.weight_default else self.grammar.default_scheme
+        default = {kind: weight if kind == "weight" else self.grammar.default_scheme for kind in quant_types}
+        scheme = cast(dict[QuantType, Scheme], {**default, **(given if "quant_scheme" in entry else {})})
         for quant_type, name in scheme.items():
-            if name.startswith("per_channel") and quant_type != "weight":
+            if name.startswith("per_token") and not self.grammar.tokens:
+                raise ValueError(f"{where}: {self.grammar.quantizer} has no {name!r}, a current range of each token")
+            if name.startswith("per_token") and quant_type == "weight":
+                raise ValueError(
+                    f"{where}: {name!r} is for inputs and outputs, but applies to 'weight' as well; "
+                    f"give a dict by quant type, such as {{'input': {name!r}}}"
+                )
+            if name.startswith(("per_channel", "per_group")) and quant_type != "weight":
                 raise ValueError(
                     f"{where}: {name!r} is for weights only, but applies to {quant_type!r} as well; "
                     f"give a dict by quant type, such as {{'weight': {name!r}}}"
@@ -416,9 +438,23 @@ class _EntryParser:
         if "quant_axis" not in entry:
             return None
         where = f"{where}['quant_axis']"
-        if not scheme.get("weight", "").startswith("per_channel"):
-            raise ValueError(f"{where}: expected it to go with a per-channel 'quant_scheme' of 'weight'")
+        if not scheme.get("weight", "").startswith(("per_channel", "per_group")):
+            raise ValueError(f"{where}: expected it to go with a per-channel or per-group 'quant_scheme' of 'weight'")
         return _integer(where, entry["quant_axis"])
+
+    def _group_size(self, where: str, entry: Mapping[str, object], scheme: Mapping[QuantType, Scheme]) -> int | None:
+        per_group = scheme.get("weight", "").startswith("per_group")
+        if "group_size" not in entry:
+            if per_group:
+                raise ValueError(f"{where}: {scheme['weight']!r} needs 'group_size', how many elements share a grid")
+            return None
+        where = f"{where}['group_size']"
+        if not per_group:
+            raise ValueError(f"{where}: expected it to go with a per-group 'quant_scheme' of 'weight'")
+        group_size = _integer(where, entry["group_size"])
+        if group_size < 1:
+            raise ValueError(f"{where}: expected a size of at least 1, but got {group_size}")
+        return group_size
 
 
 def _is_named(name: str, patterns: Iterable[str]) -> bool:

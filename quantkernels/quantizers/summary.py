@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantkernels import functional
 from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.learned import LearnedFakeQuantize
 from quantkernels.nn.observers import STEP
 from quantkernels.quantizers.config import config_notes, deciding_entry, named_modules
 from quantkernels.quantizers.table import Summary as Summary
@@ -83,12 +84,14 @@ def _status(
         return "switched off"
     if quantizer._training_forwards and quant_type in idle:
         return idle[quant_type]
-    observing = [module for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
-    if any(not bool(module.observed_range.any()) for module in observing):
+    observing = [m for m in modules if isinstance(m, FakeQuantize | LearnedFakeQuantize) and not m.dynamic]
+    if any(_range_of(module) is None for module in observing):
         return "no range yet: passes unquantized"
     if step < layer.entry.quant_start_step:
         return f"in training from step {layer.entry.quant_start_step} on, now {step}"
-    return "quantized, range frozen" if any(module.frozen for module in observing) else "quantized"
+    if any(module.frozen for module in modules if module in observing or isinstance(module, LearnedFakeQuantize)):
+        return "quantized, range frozen"
+    return "quantized"
 
 
 def _why_not(quantizer: Quantizer, module: Any) -> str:
@@ -111,10 +114,19 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _observed_range(modules: Sequence[Any]) -> tuple[float, float] | None:
-    ranges = [module.observed_range for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
-    if not ranges or not bool(ranges[0].any()):
-        return None
-    return float(ranges[0][0].min()), float(ranges[0][1].max())
+    observing = [m for m in modules if isinstance(m, FakeQuantize | LearnedFakeQuantize) and not m.dynamic]
+    found = _range_of(observing[0]) if observing else None
+    return None if found is None else (float(found[0].min()), float(found[1].max()))
+
+
+def _range_of(module: FakeQuantize | LearnedFakeQuantize) -> tuple[Tensor, Tensor] | None:
+    """What the grid covers; None where it has seen nothing."""
+    if isinstance(module, LearnedFakeQuantize):
+        scale, zero_point = module.qparams()
+        ends = (scale * (module.quant_min - zero_point), scale * (module.quant_max - zero_point))
+        return ends if module.knows_scale() else None
+    low, high = module.observed_range
+    return (low, high) if bool(module.observed_range.any()) else None
 
 
 @torch.no_grad()
@@ -138,7 +150,7 @@ def _measure(
     figures: dict[nn.Module, tuple[float | None, float | None]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, FakeQuantize)
+        assert isinstance(module, FakeQuantize | LearnedFakeQuantize)
         figures[module] = _figures(module, inputs.pop(module), output)
 
     inputs: dict[nn.Module, Tensor] = {}
@@ -147,9 +159,8 @@ def _measure(
         inputs[module] = args[0].detach().clone()
 
     handles = []
-    for member in quantizer.observers.members:
-        if not member.dynamic:
-            handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(record)]
+    for member in quantizer.observers.observing:
+        handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(record)]
     try:
         with quantizer._evaluation(), torch.no_grad():
             forward(quantizer.model, batch)
@@ -159,14 +170,17 @@ def _measure(
     return figures
 
 
-def _figures(module: FakeQuantize, input: Tensor, output: Tensor) -> tuple[float | None, float | None]:
+def _figures(
+    module: FakeQuantize | LearnedFakeQuantize, input: Tensor, output: Tensor
+) -> tuple[float | None, float | None]:
     clamped = input.double() if module.bounds is None else input.double().clamp(*module.bounds)
-    observed = module.observed_range
-    if not module.enabled or not bool(observed.any()):
+    observed = _range_of(module)
+    if not module.enabled or observed is None:
         return None, None
-    scale, zero_point = functional.qparams(
-        observed[0], observed[1], module.quant_min, module.quant_max, module.symmetric
-    )
+    if isinstance(module, LearnedFakeQuantize):
+        scale, zero_point = module.qparams()
+    else:
+        scale, zero_point = functional.qparams(*observed, module.quant_min, module.quant_max, module.symmetric)
     if module.axis is not None:
         shape = [-1 if axis == module.axis % input.dim() else 1 for axis in range(input.dim())]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
