@@ -264,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(results))
     print(f"\nMean over {options.seeds} seeds, {options.epochs} epochs each, {TEST_IMAGES} test images.")
     print("vs float: percentage points. epoch time: median ratio to the float epoch of the same round.")
-    print(deploy(options.epochs))
+    if not options.keras:
+        print(deploy(options.epochs))
 
 
 if __name__ == "__main__":

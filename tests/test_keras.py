@@ -551,6 +551,31 @@ def test_decompress_gives_the_float_model_back(kind: str, quantizer: str) -> Non
         assert fit(it.model)[-1] < it.losses[0]
 
 
+def test_groups_of_weights_and_tokens_of_inputs(tmp_path: Path) -> None:
+    model = dense(6, 5, use_bias=False)
+    kernel = as_torch(model.layers[0].kernel)
+    entry = {
+        "op_types": ["Dense"],
+        "quant_types": ["weight", "input"],
+        "quant_bits": 4,
+        "quant_dtype": {"weight": "int"},
+        "quant_scheme": {"weight": "per_group_symmetric", "input": "per_token_affine"},
+        "group_size": 2,
+    }
+    quantizer = QAT_Quantizer(model, [entry])
+    quantizer.compress()
+    x = np.random.default_rng(2).normal(size=(3, 5)).astype(np.float32)
+    weight = reference.fake_quantize_current(kernel, -7, 7, symmetric=True, axis=0, group_size=2)
+    assert torch.equal(as_torch(model(np.eye(5, dtype=np.float32) * 15)), weight * 15)
+    expected = reference.fake_quantize_current(torch.from_numpy(x), 0, 15, axis=0) @ weight
+    assert torch.allclose(as_torch(model(x)), expected, rtol=0, atol=1e-5)
+    assert [row.scheme for row in quantizer.summary()] == ["per_group_symmetric", "per_token_affine"]
+    model.save(tmp_path / "model.keras")
+    assert np.array_equal(keras.models.load_model(tmp_path / "model.keras").predict(x), model.predict(x))
+    with quantizer.portable(), pytest.raises(ValueError, match="portable: expected a grid per tensor or channel"):
+        model(x)
+
+
 def test_summary() -> None:
     model = keras_models.functional()
     quantizer = QAT_Quantizer(model, [*QAT_LIST, {"op_names": ["head"], "exclude": True}])
@@ -689,14 +714,15 @@ def digits_network() -> tuple[Any, Any]:
 
 @functools.cache
 def trained_on_digits() -> tuple[Any, Any, Any]:
-    """The network trained on 1200 of scikit-learn's digits, its quantizer, and the other images."""
+    """The network trained on scikit-learn's digits, its quantizer, and the images from number 1200 on."""
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     images = (digits.images[..., None] / 16).astype(np.float32)
     model, quantizer = digits_network()
     quantizer.compress()
     model.compile(keras.optimizers.Adam(3e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(images[:1200], digits.target[:1200], epochs=4, batch_size=64, verbose=0)
+    count = 1200 if BACKEND == "tensorflow" else 400  # eager, a step takes long
+    model.fit(images[:count], digits.target[:count], epochs=4, batch_size=64, verbose=0)
     return model, quantizer, images[1200:]
 
 
@@ -759,6 +785,21 @@ def test_portable_dorefa() -> None:
         portable = model.predict(x, verbose=0)
     # The tanh of the backend is another, so a weight next to a tie may lie one level away.
     assert np.abs(portable - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@on_tensorflow
+def test_the_demo_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    pytest.importorskip("sklearn")
+    from quantkernels import demo
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    demo.main(["--keras", "--epochs", "1", "--seeds", "1"])
+    printed = capsys.readouterr().out
+    for row in ("float", "Naive, 8-bit weights", "QAT, 8-bit weights and outputs", "DoReFa W4A4"):
+        assert re.search(rf"^{row} +\d+\.\d\d% ", printed, re.M)
+    assert "eployed" not in printed
 
 
 @on_tensorflow

@@ -266,7 +266,7 @@ def test_dorefa_activation(size: int, bits: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (2, 70001), (0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7), (2, 9001), (0, 3)], ids=str)
 def test_dorefa_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = sample(shape, dtype)
     state = torch.tensor([7, 3])

@@ -71,6 +71,11 @@ def channel_axis(cls: type, weight: str) -> int:
     return 0 if issubclass(cls, keras.layers.Embedding) else -1
 
 
+def group_axis(cls: type, weight: str) -> int:
+    """The axis of a weight that has groups: the other of input and output channels."""
+    return -2 if channel_axis(cls, weight) == -1 else -1
+
+
 def clamp_bounds(layer: Any) -> tuple[float, float] | None:
     """The bounds of a clamp-type activation layer, or None."""
     if isinstance(layer, keras.layers.ReLU):

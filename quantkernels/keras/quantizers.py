@@ -399,7 +399,8 @@ class QAT_Quantizer(Quantizer):
         model: the Keras model; instrumented in place by `compress()`.
         config_list: as that of :class:`quantkernels.QAT_Quantizer`, with the class names and names of Keras's layers;
             'block/conv' names the layer conv in the layer or model block. Per channel, depthwise kernels have a scale
-            per input channel, embeddings one per row, all others one per output channel.
+            per input channel, embeddings one per row, all others one per output channel; per group, the groups are
+            along the other of the two. Per token, each index of all axes but the last has its own range.
 
     Raises:
         TypeError, ValueError: see Quantizer.
@@ -411,9 +412,11 @@ class QAT_Quantizer(Quantizer):
         """See Quantizer."""
         return _fake_quantize(layer, quant_type, index)
 
-    def build_activation(self, layer: QuantizedLayer, bounds: tuple[float, float]) -> dict[str, Any]:
+    def build_activation(self, layer: QuantizedLayer, bounds: tuple[float, float]) -> dict[str, Any] | None:
         """See Quantizer."""
         spec = _fake_quantize(layer, "output", 0)
+        if spec["settings"].get("current"):
+            return None
         spec["settings"]["bounds"] = bounds
         return spec
 
@@ -473,12 +476,15 @@ def _fake_quantize(layer: QuantizedLayer, quant_type: QuantType, index: int) -> 
         "scheme": entry.scheme[quant_type],
         "quant_start_step": entry.quant_start_step,
     }
-    if quant_type == "weight":
+    scheme = entry.scheme[quant_type]
+    if quant_type == "weight" or scheme.startswith("per_token"):
         settings["current"] = True
-        if entry.scheme["weight"].startswith("per_channel"):
-            cls = layers_.float_class(layer.layer)
-            axis = layers_.channel_axis(cls, layers_.weight_names(cls)[index])
-            settings["axis"] = axis if entry.quant_axis is None else entry.quant_axis
+    if scheme.startswith(("per_channel", "per_group")):
+        cls = layers_.float_class(layer.layer)
+        known_axis = layers_.group_axis if scheme.startswith("per_group") else layers_.channel_axis
+        axis = known_axis(cls, layers_.weight_names(cls)[index])
+        settings["axis"] = axis if entry.quant_axis is None else entry.quant_axis
+        settings["group_size"] = entry.group_size
     return {"kind": "FakeQuantize", "settings": settings}
 
 

@@ -80,7 +80,8 @@ class FakeQuantize(Quantizing):
         bits: width of the integer grid.
         integers: 'uint' or 'int'.
         scheme: as in the configuration.
-        axis: the axis of the channels; None for one grid.
+        axis: the axis of the channels, or the one that has groups; None for one grid, or one a token.
+        group_size: how many elements along `axis` share a grid in a scheme per group.
         current: quantize with the tensor's own range at every call; nothing is observed.
         bounds: see Quantizing.
         momentum: weight of a step's extrema in the moving average.
@@ -93,6 +94,7 @@ class FakeQuantize(Quantizing):
         integers: Dtype,
         scheme: Scheme,
         axis: int | None = None,
+        group_size: int | None = None,
         current: bool = False,
         bounds: Bounds | None = None,
         momentum: float = 0.01,
@@ -105,6 +107,8 @@ class FakeQuantize(Quantizing):
         self.symmetric = scheme.endswith("symmetric")
         self.quant_min, self.quant_max = quant_range(bits, integers, self.symmetric)
         self.axis = axis
+        self.group_size = group_size
+        self.per_token = scheme.startswith("per_token")
         self.current = current
         self.momentum = momentum
         self.quant_start_step = quant_start_step
@@ -116,7 +120,7 @@ class FakeQuantize(Quantizing):
 
     def settings(self) -> dict[str, Any]:
         """See Quantizing."""
-        names = ("integers", "scheme", "axis", "current", "momentum", "quant_start_step")
+        names = ("integers", "scheme", "axis", "group_size", "current", "momentum", "quant_start_step")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}
 
     def call(self, x: Any, training: bool = False) -> Any:
@@ -127,8 +131,9 @@ class FakeQuantize(Quantizing):
             return self._quantized_by_keras(self._clamped(x))
         grid = (self.quant_min, self.quant_max)
         if self.current:
+            axis, group_size = (-1, max(x.shape[-1], 1)) if self.per_token else (self.axis, self.group_size)
             return operators.fake_quantize_current(
-                x, *grid, symmetric=self.symmetric, axis=self.axis, active=self._delay(training)
+                x, *grid, symmetric=self.symmetric, axis=axis, group_size=group_size, active=self._delay(training)
             )
         options = {"symmetric": self.symmetric, "axis": self.axis, "bounds": self.bounds}
         observed = ops.convert_to_tensor(self.range)
@@ -160,6 +165,8 @@ class FakeQuantize(Quantizing):
     def _quantized_by_keras(self, x: Any) -> Any:
         if self.bits == 1:
             raise ValueError(f"portable: expected `bits` to be from 2 to 16, but got 1 in {self.path}")
+        if self.per_token or self.group_size is not None:
+            raise ValueError(f"portable: expected a grid per tensor or channel, but got {self.scheme} in {self.path}")
         axes = None if self.axis is None else [i for i in range(len(x.shape)) if i != self.axis % len(x.shape)]
         if self.current:
             low, high = ops.cast(ops.min(x, axes), "float32"), ops.cast(ops.max(x, axes), "float32")
