@@ -2,6 +2,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -17,6 +18,7 @@
 #include "../numerics/half.h"
 #include "batch_norm_kernels.h"
 #include "kernels.h"
+#include "levels_kernels.h"
 
 namespace qk::cpu {
 namespace {
@@ -755,6 +757,33 @@ void run(const BatchNormJob& job, ParallelFor parallel_for) {
 void run(const BatchNormGradientJob& job, ParallelFor parallel_for) {
   if (job.dtype == DType::kFloat64) return BatchNormBackward<double>(job, parallel_for).run();
   return BatchNormBackward<float>(job, parallel_for).run();
+}
+
+namespace {
+
+const LevelsKernels& levels_kernels() {
+#if defined(__x86_64__)
+  if (&active_kernels() == &kAvx512Kernels) return kAvx512Levels;
+  if (&active_kernels() == &kAvx2Kernels) return kAvx2Levels;
+#endif
+  return kBaselineLevels;
+}
+
+}  // namespace
+
+bool pack(const LevelsJob& job, ParallelFor parallel_for) {
+  const LevelsKernels& kernels = levels_kernels();
+  std::atomic<bool> exact{true};
+  parallel_elements(parallel_for, job.numel, kGrain, [&](int64_t begin, int64_t end) {
+    if (!kernels.pack(job, begin, end)) exact.store(false, std::memory_order_relaxed);
+  });
+  return exact.load();
+}
+
+void unpack(const LevelsJob& job, ParallelFor parallel_for) {
+  const LevelsKernels& kernels = levels_kernels();
+  parallel_elements(parallel_for, job.numel, kGrain,
+                    [&](int64_t begin, int64_t end) { kernels.unpack(job, begin, end); });
 }
 
 }  // namespace qk::cpu

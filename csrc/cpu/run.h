@@ -31,5 +31,8 @@ void run(const DoReFaActivationJob& job, ParallelFor parallel_for);
 void run(const DoReFaGradientJob& job, ParallelFor parallel_for);
 void run(const BatchNormJob& job, ParallelFor parallel_for);
 void run(const BatchNormGradientJob& job, ParallelFor parallel_for);
+// Values to levels; whether the way back gives every value's bits.
+bool pack(const LevelsJob& job, ParallelFor parallel_for);
+void unpack(const LevelsJob& job, ParallelFor parallel_for);
 
 }  // namespace qk::cpu

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from quantkernels.nn import saved_levels as saved_levels_
 from quantkernels.nn.batch_norm import (
     FROZEN,
     BatchNormFakeQuantize,
@@ -112,6 +113,10 @@ class Quantizer(abc.ABC):
             leaves them apart.
         fold: quantize the weight of a convolution or linear layer as the one that is deployed, which has the batch norm
             behind it folded in, where one is found as for `fuse`. With a symmetric scheme per channel that is the same.
+        save_levels: where autograd saves an output that a per-tensor grid of at most 8 bits has quantized, such as the
+            next layer's input, it keeps the integers: a quarter of the memory, half of that again at 4 bits, and the
+            gradients are the same to the bit. In forwards of the model in training mode, on the CPU, not compiled. It
+            uses torch.autograd.graph.saved_tensors_hooks; hooks of yours around the model do not see what is saved.
 
     Attributes:
         model: the model.
@@ -133,6 +138,7 @@ class Quantizer(abc.ABC):
         *,
         fuse: bool = True,
         fold: bool = True,
+        save_levels: bool = False,
     ) -> None:
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -148,6 +154,7 @@ class Quantizer(abc.ABC):
         self.dummy_input = dummy_input
         self.fuse = fuse
         self.fold = fold
+        self.save_levels = save_levels
         self._folded: list[Chain] = []
         self.batch_norm_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
@@ -685,18 +692,35 @@ class Quantizer(abc.ABC):
             if self._begins_with_forward:
                 observers.begin()
                 self._begins_with_forward = False
-            result = forward(model, *args, **kwargs)
+            result = self._training_forward(model, forward, args, kwargs)
         else:
             observers.begin()
             observers.in_step = True
             try:
-                result = forward(model, *args, **kwargs)
+                result = self._training_forward(model, forward, args, kwargs)
             finally:
                 observers.in_step = False
             observers.end()
         if not torch.compiler.is_compiling():
             self._report_what_never_ran()
         return result
+
+    def _training_forward(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.save_levels:
+            return forward(model, *args, **kwargs)
+        name = f"{type(self).__name__}: expected `save_levels` to be False"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{name} in a compiled model, whose compiler decides what is saved")
+        if any(tensor.device.type != "cpu" for tensor in self.model.parameters()):
+            raise RuntimeError(f"{name} for a model that is not on the CPU")
+        if self.observers.saved_levels is not None or not saved_levels_.applies(torch.is_grad_enabled()):
+            return forward(model, *args, **kwargs)
+        saved = self.observers.saved_levels = saved_levels_.SavedLevels()
+        try:
+            with saved.saving():
+                return forward(model, *args, **kwargs)
+        finally:
+            self.observers.saved_levels = None
 
     def _report_what_never_ran(self) -> None:
         if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:
