@@ -72,7 +72,7 @@ class Call:
         order = ("input", "running_mean", "running_var", "weight", "bias", "active", "pending")
         y = module.batch_norm_fake_quantize(*(own[name] for name in order), 0, 255, **options)
         gradient = cases.sample(tuple(y.shape), y.dtype, seed=7).nan_to_num(1.0, 2.0, 3.0).clamp(-100, 100)
-        gradients = torch.autograd.grad(y, list(leaves.values()), gradient)
+        gradients = torch.autograd.grad(y, list(leaves.values()), gradient.to(y.device))
         results = {"output": y.detach()}
         results |= {n: t for n in ("running_mean", "running_var", "pending") if (t := own[n]) is not None}
         return results | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
