@@ -80,6 +80,9 @@ struct StoreFrozenStatistics {
   }
 };
 
+// Of a kernel that observes too: with 48 a multiprocessor of 65536 holds 1280 threads.
+constexpr int kMaxObserverRegisters = 48;
+
 // Elements computed at a time, for the registers.
 template <class S, bool kAligned>
 constexpr int kNormalisedPart = sizeof(S) == 8 ? 1 : 2;
@@ -98,7 +101,8 @@ __device__ __forceinline__ void normalise_packs(const AffineJob& job, const Chan
           const NormaliseConstants<Compute<S>>& c = rows.next();
           const Compute<S> value = normalised(x, c.mean, c.factor, c.bias);
           if constexpr (kObserves) {
-            if (left > 0) seen.combine(static_cast<float>(value), static_cast<float>(value));
+            // Packs that are not mixed are whole.
+            if (!kMixed || left > 0) seen.combine(static_cast<float>(value), static_cast<float>(value));
             --left;
           }
           passes = gradient_passes(value, grid);
@@ -108,8 +112,9 @@ __device__ __forceinline__ void normalise_packs(const AffineJob& job, const Chan
 }
 
 template <class S, bool kAligned, bool kMixed, bool kObserves>
-__global__ void __maxnreg__(kMaxRegisters) batch_norm_quantize_kernel(AffineJob job, ChannelView view, int64_t numel,
-                                                                      const NormaliseConstants<Compute<S>>* table) {
+__global__ void __maxnreg__(kObserves ? kMaxObserverRegisters : kMaxRegisters)
+    batch_norm_quantize_kernel(AffineJob job, ChannelView view, int64_t numel,
+                               const NormaliseConstants<Compute<S>>* table) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
   if (threadIdx.x == 0) block_grid[0] = normalised_grid<S>(job);
   __syncthreads();

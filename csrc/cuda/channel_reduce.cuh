@@ -32,6 +32,7 @@ struct ReductionPlan {
 
 constexpr int64_t kMaxItems = 1024;  // about what the largest devices hold: an H100 1056 blocks, a B200 1184
 constexpr int64_t kUnitsPerThread = 8;
+constexpr int kMaxReductionRegisters = 64;  // said, since ptxas would spill to stay below 48 for sm_120
 constexpr int64_t kLongestColumnRun = 64;
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -208,7 +209,7 @@ struct ByColumn {
 // finish(channel, value) is called once per channel. `counters` holds a zero per group; it and `partials`, with
 // channels * slices elements, are used only with several slices.
 template <class Term, class Mapping, class Finish>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __maxnreg__(kMaxReductionRegisters)
     reduce_kernel(Term term, ReductionPlan plan, typename Term::Value* partials, unsigned* counters, Finish finish) {
   for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
     const int64_t group = item / plan.slices;

@@ -17,7 +17,7 @@ struct ExtremaTerm {
   __device__ __forceinline__ Nothing at(int64_t) const { return {}; }
   template <int N>
   __device__ __forceinline__ void add(Value& total, Nothing, int64_t first, int count) const {
-    const Vector<S, N> vector = load_vector<N, true>(input + first, 0, count);
+    const Vector<S, N> vector = load_vector<N, true>(input, first, first + count);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Compute<S> x = widen(vector[i]);
