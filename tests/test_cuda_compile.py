@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Names of kernels that make one pass over their elements, read and write.
 ELEMENTWISE = re.compile(r"pack_kernel<|fake_quantize_(tensor|channels)_kernel<|batch_norm_quantize_kernel<")
-# Observes what batch norm makes of its elements, which takes more registers.
-OBSERVER = re.compile(r"batch_norm_quantize_kernel<[\w ]+, \w+, \w+, true>")
+# Batch norm's elements of float64, or observed: takes more registers.
+WIDER = re.compile(r"batch_norm_quantize_kernel<(double,|[\w ]+, \w+, \w+, true>)")
 # The template argument after the storage type: the launcher has found the pointers aligned.
 ALIGNED = re.compile(r"<[\w ]+, true\b")
 
@@ -74,10 +74,10 @@ def test_registers_and_occupancy_of_elementwise_kernels(kernels: list[Any]) -> N
     for kernel in kernels:
         if not ELEMENTWISE.match(kernel.name):
             continue
-        observes = OBSERVER.match(kernel.name) is not None
-        assert kernel.registers <= (48 if observes else 40), (kernel.name, kernel.architecture)
+        wider = WIDER.match(kernel.name) is not None
+        assert kernel.registers <= (48 if wider else 40), (kernel.name, kernel.architecture)
         if kernel.architecture in ("sm_80", "sm_90", "sm_100"):
-            assert kernel.occupancy >= (0.62 if observes else 0.75), (kernel.name, kernel.architecture)
+            assert kernel.occupancy >= (0.62 if wider else 0.75), (kernel.name, kernel.architecture)
 
 
 def _lines_of(path: Path, pattern: str) -> set[int]:

@@ -80,8 +80,9 @@ struct StoreFrozenStatistics {
   }
 };
 
-// Of a kernel that observes too: with 48 a multiprocessor of 65536 holds 1280 threads.
-constexpr int kMaxObserverRegisters = 48;
+// Of float64, and of what observes too, more: with 48 a multiprocessor of 65536 holds 1280 threads.
+template <class S, bool kObserves>
+constexpr int kNormaliseRegisters = kObserves || sizeof(S) == 8 ? 48 : kMaxRegisters;
 
 // Elements computed at a time, for the registers.
 template <class S, bool kAligned>
@@ -112,7 +113,7 @@ __device__ __forceinline__ void normalise_packs(const AffineJob& job, const Chan
 }
 
 template <class S, bool kAligned, bool kMixed, bool kObserves>
-__global__ void __maxnreg__(kObserves ? kMaxObserverRegisters : kMaxRegisters)
+__global__ void __maxnreg__((kNormaliseRegisters<S, kObserves>))
     batch_norm_quantize_kernel(AffineJob job, ChannelView view, int64_t numel,
                                const NormaliseConstants<Compute<S>>* table) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
