@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from quantkernels._ops import is_recomputing
 from quantkernels.nn.batch_norm import (
     FROZEN,
     BatchNormFakeQuantize,
@@ -112,6 +113,9 @@ class Quantizer(abc.ABC):
             leaves them apart.
         fold: quantize the weight of a convolution or linear layer as the one that is deployed, which has the batch norm
             behind it folded in, where one is found as for `fuse`. With a symmetric scheme per channel that is the same.
+        freeze_bn_step: the step of the model from which training normalises with the running statistics of every batch
+            norm, as after `freeze_bn()`; None for never. A state that is loaded decides anew, by its count of steps.
+            A compiled model whose whole forward is recomputed in the backward needs `optimizer` for it.
 
     Attributes:
         model: the model.
@@ -133,6 +137,7 @@ class Quantizer(abc.ABC):
         *,
         fuse: bool = True,
         fold: bool = True,
+        freeze_bn_step: int | None = None,
     ) -> None:
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -148,6 +153,9 @@ class Quantizer(abc.ABC):
         self.dummy_input = dummy_input
         self.fuse = fuse
         self.fold = fold
+        self.freeze_bn_step = _checked_step(name, freeze_bn_step)
+        self._steps = 0  # as the model's counter; what a forward decides by it must not wait for a device
+        self._has_frozen_bn = False
         self._folded: list[Chain] = []
         self.batch_norm_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
@@ -216,6 +224,8 @@ class Quantizer(abc.ABC):
                 self._fold_batch_norms(chains)
             if self.fuse:
                 self._fuse_batch_norms(chains)
+            if self.freeze_bn_step is not None:
+                self._prepare_to_freeze_bn(self.freeze_bn_step)
             if self.optimizer is not None:
                 self._hook_optimizer()
             if self.dummy_input is not None:
@@ -259,6 +269,7 @@ class Quantizer(abc.ABC):
         self._optimizer_hook = None
         self.layers = []
         self.batch_norm_notes = []
+        self._steps, self._has_frozen_bn = 0, False
         self.observers = Observers(())
         chains, self._folded = self._folded, []
         for chain in chains if fold else ():
@@ -356,11 +367,10 @@ class Quantizer(abc.ABC):
         self._check_is_compressed("freeze_bn")
         for norm in _batch_norms(self.model):
             freeze_statistics(norm, True)
-            if vars(norm).get("_stand_in") is None:
-                layers_.put_stand_in(norm, FrozenBatchNorm())
+            _let_freeze(norm)
 
     def unfreeze_bn(self) -> None:
-        """Lets training normalise with the batch's statistics again."""
+        """Lets training normalise with the batch's statistics again, also after 'freeze_bn_step'."""
         self._check_is_compressed("unfreeze_bn")
         for norm in _batch_norms(self.model):
             freeze_statistics(norm, False)
@@ -628,6 +638,33 @@ class Quantizer(abc.ABC):
             what = "its output's quantization" if activation is None else f"{names[activation]!r}"
             self.batch_norm_notes.append(f"batch norm {names[norm]!r} is computed in one operator with {what}")
 
+    def _prepare_to_freeze_bn(self, step: int) -> None:
+        for norm in _batch_norms(self.model):
+            _let_freeze(norm)
+        self._freeze_bn_by_steps()
+        self.batch_norm_notes.append(f"batch norms keep their running statistics from step {step} on")
+
+    def _freeze_bn_by_steps(self) -> None:
+        """Freezes the statistics, or lets them follow the batches, as the count of steps says."""
+        assert self.freeze_bn_step is not None
+        self._has_frozen_bn = self._steps >= self.freeze_bn_step
+        for norm in _batch_norms(self.model):
+            freeze_statistics(norm, self._has_frozen_bn)
+
+    def _freeze_bn_if_due(self) -> None:
+        """Freezes batch norms when their step has come: once, so that `unfreeze_bn` has its way.
+
+        Not in a recomputation, whose step has been counted already. (A compiled forward cannot tell: see `optimizer`.)
+        """
+        if self.freeze_bn_step is None or self._has_frozen_bn or self._steps < self.freeze_bn_step:
+            return
+        if torch.compiler.is_compiling() or not is_recomputing():
+            self._freeze_bn_by_steps()
+
+    def _count_step(self) -> None:
+        if self.freeze_bn_step is not None and (torch.compiler.is_compiling() or not is_recomputing()):
+            self._steps += 1
+
     def _build_weight(self, layer: QuantizedLayer) -> nn.Module:
         if not isinstance(layer.module, nn.MultiheadAttention):
             return self._build_on_device(layer, "weight")
@@ -668,6 +705,7 @@ class Quantizer(abc.ABC):
         with torch.no_grad():
             self.observers.end()
             self.observers.begin()
+        self._count_step()
 
     def _forward(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of the model, whose own forward is `forward`."""
@@ -681,6 +719,7 @@ class Quantizer(abc.ABC):
             if not torch.compiler.is_compiling():
                 self._report_evaluation_without_ranges(model)
             return forward(model, *args, **kwargs)
+        self._freeze_bn_if_due()
         if observers.by_optimizer:
             if self._begins_with_forward:
                 observers.begin()
@@ -694,6 +733,7 @@ class Quantizer(abc.ABC):
             finally:
                 observers.in_step = False
             observers.end()
+            self._count_step()
         if not torch.compiler.is_compiling():
             self._report_what_never_ran()
         return result
@@ -765,6 +805,10 @@ class Quantizer(abc.ABC):
             observed_range = state_dict.get(f"{prefix}{name}.range")
             if isinstance(module, FakeQuantize) and observed_range is not None:
                 module.has_range = _has_seen(observed_range)
+        step = state_dict.get(f"{prefix}{STEP}")
+        if self.freeze_bn_step is not None and step is not None and not step.is_meta:
+            self._steps = int(step)
+            self._freeze_bn_by_steps()
         self._has_reported_evaluation = False
         self._begins_with_forward = self.observers.by_optimizer
 
@@ -800,6 +844,20 @@ class Quantizer(abc.ABC):
 def _batch_norms(model: nn.Module) -> list[Any]:
     """All that normalise with running statistics, of several processes or of one."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _let_freeze(norm: nn.Module) -> None:
+    """Makes the forward of `norm` one that knows of frozen statistics."""
+    if vars(norm).get("_stand_in") is None:
+        layers_.put_stand_in(norm, FrozenBatchNorm())
+
+
+def _checked_step(name: str, step: object) -> int | None:
+    if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
+        raise TypeError(f"{name}: expected `freeze_bn_step` to be an int or None, but got {step!r}")
+    if step is not None and step < 0:
+        raise ValueError(f"{name}: expected `freeze_bn_step` to be at least 0, but got {step}")
+    return step
 
 
 def _one_operator(layer: QuantizedLayer | None, is_norm: bool) -> tuple[FakeQuantize | None, str]:
