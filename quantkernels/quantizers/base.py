@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from quantkernels._ops import is_recomputing
+from quantkernels.nn.activation import SMOOTH, ActivationFakeQuantize
 from quantkernels.nn.batch_norm import (
     FROZEN,
     BatchNormFakeQuantize,
@@ -43,6 +44,7 @@ from quantkernels.quantizers.config import (
     deciding_entry,
     named_modules,
     parse_config_list,
+    user_class,
 )
 from quantkernels.quantizers.summary import Summary, summarize
 
@@ -109,8 +111,8 @@ class Quantizer(abc.ABC):
             quantized model on it, in evaluation mode, sets the ranges from it, and leaves the model as it was if that
             fails. A model with batch norms runs on it in float before, which shows what stands around each of them.
         fuse: compute a batch norm and the quantized activation behind it, or its own quantized output, in one operator:
-            those of an nn.Sequential, and with a `dummy_input` all that its run shows; `summary()` tells which. False
-            leaves them apart.
+            those of an nn.Sequential, and with a `dummy_input` all that its run shows; and an nn.Hardswish, nn.SiLU or
+            nn.GELU and the quantization of its output. `summary()` tells which. False leaves them apart.
         fold: quantize the weight of a convolution or linear layer as the one that is deployed, which has the batch norm
             behind it folded in, where one is found as for `fuse`. With a symmetric scheme per channel that is the same.
         freeze_bn_step: the step of the model from which training normalises with the running statistics of every batch
@@ -158,6 +160,7 @@ class Quantizer(abc.ABC):
         self._has_frozen_bn = False
         self._folded: list[Chain] = []
         self.batch_norm_notes: list[str] = []
+        self.activation_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
         self.observers = Observers(())
         self.optimizer = None if optimizer is None else _innermost(name, optimizer)
@@ -224,6 +227,7 @@ class Quantizer(abc.ABC):
                 self._fold_batch_norms(chains)
             if self.fuse:
                 self._fuse_batch_norms(chains)
+                self._fuse_activations()
             if self.freeze_bn_step is not None:
                 self._prepare_to_freeze_bn(self.freeze_bn_step)
             if self.optimizer is not None:
@@ -269,6 +273,7 @@ class Quantizer(abc.ABC):
         self._optimizer_hook = None
         self.layers = []
         self.batch_norm_notes = []
+        self.activation_notes = []
         self._steps, self._has_frozen_bn = 0, False
         self.observers = Observers(())
         chains, self._folded = self._folded, []
@@ -637,6 +642,19 @@ class Quantizer(abc.ABC):
             layers_.put_stand_in(norm, BatchNormFakeQuantize(quantizer, activation))
             what = "its output's quantization" if activation is None else f"{names[activation]!r}"
             self.batch_norm_notes.append(f"batch norm {names[norm]!r} is computed in one operator with {what}")
+
+    def _fuse_activations(self) -> None:
+        """Lets smooth activations compute the quantization of their output."""
+        for layer in self.layers:
+            quantizer = layer.quantizers.get("output")
+            if user_class(layer.module) not in SMOOTH or quantizer is None:
+                continue
+            if set(layer.quantizers) <= {"input", "output"} and isinstance(quantizer, FakeQuantize):
+                layers_.put_stand_in(layer.module, ActivationFakeQuantize(quantizer))
+                what = "on a CPU in one operator with its output's quantization"
+            else:
+                what = "by itself: its output's quantizer has no observed range, or more of it is quantized"
+            self.activation_notes.append(f"activation {layer.name!r} is computed {what}")
 
     def _prepare_to_freeze_bn(self, step: int) -> None:
         for norm in _batch_norms(self.model):

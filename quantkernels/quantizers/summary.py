@@ -57,7 +57,8 @@ class Summary(Sequence[SummaryRow]):
 
     Attributes:
         rows: in the model's order.
-        notes: sentences about entries that decide less than they seem to, and about what each batch norm runs with.
+        notes: sentences about entries that decide less than they seem to, and about what each batch norm and smooth
+            activation runs with.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -100,7 +101,7 @@ def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, An
         elif module.module not in ours and _has_weights(module.module):
             rows.append(SummaryRow(module.names[0], module.op_type, "-", status=_why_not(quantizer, module)))
     notes = config_notes(quantizer.entries, modules)
-    return Summary(tuple(rows), (*notes, *quantizer.batch_norm_notes))
+    return Summary(tuple(rows), (*notes, *quantizer.batch_norm_notes, *quantizer.activation_notes))
 
 
 def _rows_of_layer(
