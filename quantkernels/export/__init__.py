@@ -5,6 +5,7 @@ from quantkernels.export.comparison import Report, report
 from quantkernels.export.conversion import convert
 from quantkernels.export.model import export_model
 from quantkernels.export.onnx import IntegerModel, integer_model
+from quantkernels.export.translations import translation_table
 from quantkernels.export.verification import Verification, VerificationError, verify
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "integer_model",
     "load_calibration_config",
     "report",
+    "translation_table",
     "verify",
 ]

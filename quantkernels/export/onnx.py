@@ -22,6 +22,7 @@ from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.files import write_atomically
 from quantkernels.export.grids import Activation, Grid, activation_of, named_quantizers, weight_of
 from quantkernels.export.profiles import Profile, profile_named
+from quantkernels.export.translations import translation_table
 from quantkernels.nn.dorefa import DoReFaGradient
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opse
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=_dynamic_shapes(args, kwargs),
+            custom_translation_table=translation_table(),
             verbose=False,
         )
     assert program is not None
