@@ -568,15 +568,18 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_batch_norm(
+def _batch_norm_results(
     op: str,
     input: Tensor,
     channels: dict[str, Tensor | None],
     ranges: dict[str, Tensor | None],
     quantization: _Quantization,
     frozen: bool,
-) -> None:
-    """`channels` has a number for each channel, `ranges` are per tensor; both by the names of the arguments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, mask, mean and inverse_std, after the checks.
+
+    `channels` has a number for each channel, `ranges` are per tensor; both by the names of the arguments.
+    """
     given = {name: tensor for name, tensor in channels.items() if tensor is not None}
     pairs = {name: tensor for name, tensor in ranges.items() if tensor is not None}
     for name, tensor in {**given, **pairs}.items():
@@ -595,6 +598,8 @@ def _check_batch_norm(
     if not frozen and input.numel() < 2 * input.shape[1]:
         fail(op, "input", "of more than one value for each channel", _shape(input))
     quantization.check(op)
+    statistics = [input.new_empty((input.shape[1],), dtype=statistics_dtype(input.dtype)) for _ in range(2)]
+    return _empty_like(input), _empty_mask(input), statistics[0], statistics[1]
 
 
 def _check_channels(op: str, channels: dict[str, Tensor], input: Tensor) -> None:
@@ -603,11 +608,6 @@ def _check_channels(op: str, channels: dict[str, Tensor], input: Tensor) -> None
     for name, tensor in channels.items():
         _check_per_channel(op, name, tensor, input.shape[1])
         _check_contiguous(op, name, tensor)
-
-
-def _batch_norm_results(input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics = [input.new_empty((input.shape[1],), dtype=statistics_dtype(input.dtype)) for _ in range(2)]
-    return _empty_like(input), _empty_mask(input), statistics[0], statistics[1]
 
 
 _NORMALISED = f"{_GRID}, bool symmetric, {_BOUNDS}) -> (Tensor output, Tensor mask, Tensor mean, Tensor inverse_std)"
@@ -636,8 +636,7 @@ def _(
     channels = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
     ranges = {"active": active, "pending": pending}
-    _check_batch_norm("batch_norm_fake_quantize", input, channels, ranges, quantization, False)
-    return _batch_norm_results(input)
+    return _batch_norm_results("batch_norm_fake_quantize", input, channels, ranges, quantization, False)
 
 
 @_define(
@@ -662,8 +661,7 @@ def _(
     channels = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
     ranges = {"active": active, "pending": pending}
-    _check_batch_norm("frozen_batch_norm_fake_quantize", input, channels, ranges, quantization, True)
-    return _batch_norm_results(input)
+    return _batch_norm_results("frozen_batch_norm_fake_quantize", input, channels, ranges, quantization, True)
 
 
 @_define(

@@ -1,7 +1,9 @@
 """convert: a module with integer weights and fixed grids, of torch's own operators only.
 
-What it computes equals the evaluated model bit for bit, as far as torch's own layers do. torch.export, torch.compile,
-AOTInductor and safetensors take it, and what they save loads where quantkernels is not installed.
+What it computes equals the evaluated model bit for bit, as far as torch's own layers do; a batch norm that the model
+computes in one operator with what follows is torch's here, which rounds otherwise, so a tie may fall another way.
+torch.export, torch.compile, AOTInductor and safetensors take it, and what they save loads where quantkernels is not
+installed.
 """
 
 from __future__ import annotations

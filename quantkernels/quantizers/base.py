@@ -504,8 +504,9 @@ class Quantizer(abc.ABC):
     def convert(self) -> nn.Module:
         """A copy of the model for inference: integer weights, fixed grids, torch's own operators, no training state.
 
-        It computes what the evaluated model does. torch.export, torch.compile, AOTInductor and safetensors take it, and
-        what torch.export and AOTInductor save loads without quantkernels. Weights of up to 8 bits take a byte each.
+        It computes what the evaluated model does; only batch norm is torch's own where the model computes it in one
+        operator (see `fuse`), which rounds otherwise. torch.export, torch.compile, AOTInductor and safetensors take it,
+        and what torch.export and AOTInductor save loads without quantkernels. Weights of up to 8 bits take a byte each.
 
         Raises:
             RuntimeError: the model is not compressed.
