@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo dorefa test bench gpu-check cuda-report lint format build clean
+.PHONY: demo dorefa test test-keras bench gpu-check cuda-report lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -20,6 +20,11 @@ dorefa: $(VENV)/.installed-examples quantkernels/_C.so
 
 test: $(VENV)/.installed-dev quantkernels/_C.so
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# One Keras backend a process.
+test-keras: $(VENV)/.installed-dev $(VENV)/.installed-keras quantkernels/_C.so
+	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -q tests/test_tensorflow.py tests/test_keras.py
+	KERAS_BACKEND=torch TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -q tests/test_keras.py
 
 # The quick mode takes about two minutes; `make bench BENCH_ARGS=` measures the full grid, which takes about an hour.
 BENCH_ARGS ?= --quick
@@ -49,7 +54,7 @@ format: $(VENV)/.installed-dev
 build: $(VENV)/.installed-dev quantkernels/_C.so
 
 clean:
-	rm -rf build dist *.egg-info quantkernels/_C.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info quantkernels/_C.so quantkernels/_tensorflow.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # An extra of pyproject.toml and the library. torch and ninja come first: the build needs them, and an isolated build
 # would download a torch of its own.

@@ -1,7 +1,9 @@
-"""Builds quantkernels/_C.so: the CPU kernels always, the CUDA kernels when there is an nvcc.
+"""Builds quantkernels/_C.so, the operators for PyTorch, and quantkernels/_tensorflow.so, those for TensorFlow.
 
-The library uses LibTorch's stable ABI only and holds no Python symbol, so one build serves every Python and every torch
-from 2.10 on. ninja compiles in parallel and only what changed. Environment:
+Both hold the CPU kernels, _C.so the CUDA kernels too when there is an nvcc. _C.so uses LibTorch's stable ABI only and
+holds no Python symbol, so one build serves every Python and every torch
+from 2.10 on. _tensorflow.so uses TensorFlow's C API only, which csrc/tensorflow/c_api.h declares: no TensorFlow is
+needed to build it. ninja compiles in parallel and only what changed. Environment:
 
     QUANTKERNELS_CUDA        1: a missing nvcc is an error; 0: CPU only; unset: CUDA if nvcc is found
     QUANTKERNELS_WERROR      1: compiler warnings are errors
@@ -33,8 +35,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = {
     layer: sorted((ROOT / "csrc" / layer).glob(pattern))
-    for layer, pattern in (("cpu", "*.cpp"), ("ops", "*.cpp"), ("cuda", "*.cu"))
+    for layer, pattern in (("cpu", "*.cpp"), ("ops", "*.cpp"), ("cuda", "*.cu"), ("tensorflow", "*.cpp"))
 }
+LIBRARIES = {"_C": ("cpu", "ops", "cuda"), "_tensorflow": ("cpu", "tensorflow")}
 
 MINIMUM_TORCH = (2, 10)
 TORCH_TARGET_VERSION = (MINIMUM_TORCH[0] << 56) | (MINIMUM_TORCH[1] << 48)
@@ -63,7 +66,9 @@ NVCC_FLAGS = [
     "-Xptxas=-warn-spills,-warn-lmem-usage",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
 ]
-LINK_FLAGS = ["-shared", "-pthread", "-Wl,--no-undefined", "-Wl,--exclude-libs,ALL"]
+LINK_FLAGS = ["-shared", "-pthread", "-Wl,--exclude-libs,ALL"]
+# An empty library of this name stands for TensorFlow's when _tensorflow.so is linked: its symbols are found at load.
+TENSORFLOW_LIBRARY = "libtensorflow_framework.so.2"
 
 
 @dataclass(frozen=True)
@@ -194,8 +199,8 @@ def find_cuda(environment: Mapping[str, str]) -> tuple[Cuda | None, str]:
     return cuda, f"nvcc {cuda.version} at {nvcc}: {' '.join(architectures)}"
 
 
-def ninja_file(torch: Torch, cuda: Cuda | None, environment: Mapping[str, str], library: Path) -> str:
-    """The build graph. Paths in __FILE__ are relative: no folder of this machine gets into the library."""
+def ninja_file(torch: Torch, cuda: Cuda | None, environment: Mapping[str, str], folder: Path) -> str:
+    """The build graph. Paths in __FILE__ are relative: no folder of this machine gets into a library."""
     werror = environment.get("QUANTKERNELS_WERROR") == "1"
     compiler = environment.get("CXX", "c++")
     user_flags = shlex.split(environment.get("CXXFLAGS", ""))
@@ -203,12 +208,10 @@ def ninja_file(torch: Torch, cuda: Cuda | None, environment: Mapping[str, str], 
     ops_flags = [*cpu_flags, f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET_VERSION:016x}"]
     ops_flags += ["-isystem", str(torch.home / "include"), f"-fmacro-prefix-map={torch.home}=torch"]
     link_flags = [*user_flags, *LINK_FLAGS, *shlex.split(environment.get("LDFLAGS", ""))]
-    libraries = [f"-L{torch.home / 'lib'}", "-ltorch_cpu", "-lc10"]
+    libraries = ["-Wl,--no-undefined", f"-L{torch.home / 'lib'}", "-ltorch_cpu", "-lc10"]
     nvcc = "nvcc"
     nvcc_flags = [*NVCC_FLAGS, *(["-Werror=all-warnings", "-Xptxas=-Werror", "-Xcompiler=-Werror"] if werror else [])]
-    layers = ["cpu", "ops"]
     if cuda is not None:
-        layers.append("cuda")
         names = " ".join(cuda.architectures)
         ops_flags += ["-isystem", str(cuda.include), "-DQUANTKERNELS_WITH_CUDA", f'-DQUANTKERNELS_CUDA_ARCHS="{names}"']
         libraries = [f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt", *libraries]
@@ -227,7 +230,7 @@ def ninja_file(torch: Torch, cuda: Cuda | None, environment: Mapping[str, str], 
     cpp_tail = "-MMD -MF $out.d -c $in -o $out"
     lines = [
         "ninja_required_version = 1.5",
-        f"builddir = {path(library.parent)}",
+        f"builddir = {path(folder)}",
         f"rule cpu\n  command = {compiler} {command(*cpu_flags)} {cpp_tail}\n  deps = gcc\n  depfile = $out.d\n"
         "  description = $in",
         f"rule ops\n  command = {compiler} {command(*ops_flags)} {cpp_tail}\n  deps = gcc\n  depfile = $out.d\n"
@@ -236,27 +239,40 @@ def ninja_file(torch: Torch, cuda: Cuda | None, environment: Mapping[str, str], 
         "  description = $in",
         f"rule link\n  command = {compiler} {command(*link_flags)} $in {command(*libraries)} -o $out\n"
         "  description = link $out",
+        f"rule stub\n  command = {compiler} {command(*link_flags)} -Wl,-soname,{TENSORFLOW_LIBRARY} -x c++ /dev/null"
+        " -o $out\n  description = link $out",
+        # Nothing is taken from the stub, so --as-needed, which some compilers pass, would drop it.
+        f"rule link_tensorflow\n  command = {compiler} {command(*link_flags)} $in -Wl,--no-as-needed $stub -o $out\n"
+        "  description = link $out",
     ]
-    objects = []
-    for layer in layers:
-        for source in SOURCES[layer]:
+    objects: dict[str, list[str]] = {layer: [] for layer in SOURCES}
+    for layer, sources in SOURCES.items():
+        rule = "cpu" if layer == "tensorflow" else layer
+        for source in sources if layer != "cuda" or cuda is not None else ():
             name = source.relative_to(ROOT)
-            objects.append(path(library.parent / name) + ".o")
-            lines.append(f"build {objects[-1]}: {layer} {path(name)}")
-    lines.append(f"build {path(library)}: link {' '.join(objects)}")
-    lines.append(f"default {path(library)}")
+            objects[layer].append(path(folder / name) + ".o")
+            lines.append(f"build {objects[layer][-1]}: {rule} {path(name)}")
+    stub = path(folder / TENSORFLOW_LIBRARY)
+    lines.append(f"build {stub}: stub")
+    for library, layers in LIBRARIES.items():
+        inputs = " ".join(name for layer in layers for name in objects[layer])
+        if library == "_tensorflow":
+            lines.append(f"build {path(folder / library)}.so: link_tensorflow {inputs} | {stub}\n  stub = {stub}")
+        else:
+            lines.append(f"build {path(folder / library)}.so: link {inputs}")
+        lines.append(f"default {path(folder / library)}.so")
     return "\n".join(lines) + "\n"
 
 
-class BuildLibrary(build_ext):
-    """Builds quantkernels/_C.so with ninja."""
+class BuildLibraries(build_ext):
+    """Builds the libraries with ninja."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the file name: the library does not depend on one."""
         return fullname.replace(".", os.sep) + ".so"
 
-    def build_extension(self, ext: Extension) -> None:
-        """Writes the ninja file, runs it, and copies the library to where setuptools wants it."""
+    def build_extensions(self) -> None:
+        """Writes the ninja file, runs it, and copies the libraries to where setuptools wants them."""
         if sys.platform != "linux":
             raise SystemExit(f"quantkernels: expected the platform to be linux, but got {sys.platform}")
         try:
@@ -273,18 +289,18 @@ class BuildLibrary(build_ext):
 
         folder = Path(self.get_finalized_command("build").build_base).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
-        library = folder / "_C.so"
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ninja does not guard its folder against a second ninja
-            (folder / "build.ninja").write_text(ninja_file(torch, cuda, os.environ, library))
+            (folder / "build.ninja").write_text(ninja_file(torch, cuda, os.environ, folder))
             command = [str(Path(BIN_DIR) / "ninja"), "-f", str(folder / "build.ninja"), *jobs]
             if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
                 raise SystemExit("quantkernels: the build failed; the compiler's messages are above")
-            destination = Path(self.get_ext_fullpath(ext.name))
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            # Not copy2: the file must be newer than the sources, or make would build again and again.
-            shutil.copy(library, destination)
+            for ext in self.extensions:
+                destination = Path(self.get_ext_fullpath(ext.name))
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                # Not copy2: the file must be newer than the sources, or make would build again and again.
+                shutil.copy(folder / f"{ext.name.rpartition('.')[2]}.so", destination)
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -298,7 +314,8 @@ class AnyPythonWheel(bdist_wheel):
 if __name__ == "__main__":
     setup(
         ext_modules=[
-            Extension("quantkernels._C", [str(s.relative_to(ROOT)) for layer in SOURCES.values() for s in layer])
+            Extension(f"quantkernels.{library}", [str(s.relative_to(ROOT)) for layer in layers for s in SOURCES[layer]])
+            for library, layers in LIBRARIES.items()
         ],
-        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel},
     )

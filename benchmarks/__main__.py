@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import math
+import os
+import subprocess
 import sys
 import time
 import warnings
@@ -41,6 +44,15 @@ def _run_tiers(recorder: Recorder, mode: plan.Mode, keeps_memory: bool) -> tuple
         for measurement in tiers.measure_tiers(workers, mode.tier_sizes, most, mode.tiers):
             recorder.add(measurement, tiers.TIERS)
         return tiers.differing_digests(workers, (1, 2))
+
+
+def _run_tensorflow() -> None:
+    """Prints the line about TensorFlow, where that is installed."""
+    if importlib.util.find_spec("tensorflow") is None:
+        print("TensorFlow: not installed, not measured", flush=True)
+        return
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-m", "benchmarks.tensorflow_graph"], env=environment, check=True)
 
 
 def _parse() -> argparse.Namespace:
@@ -84,6 +96,7 @@ def main() -> None:
         recorder.run(plan.training_cases(mode), mode.training)
     if "tiers" in arguments.parts:
         digests = _run_tiers(recorder, mode, keeps_memory)
+    _run_tensorflow()
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.output / f"{mode.name}.csv", recorder.rows)
     chart.draw(arguments.output / f"{mode.name}.png", recorder.rows, described)

@@ -257,6 +257,85 @@ def fake_quantize_each_axis(setting: Setting) -> Case:
     )
 
 
+GROUPS_OP = "fake_quantize, groups"
+
+
+def fake_quantize_groups(setting: Setting) -> Case:
+    """Groups along the last dimension of [N, 1024] against a scale per row, and ranges of groups and of tokens."""
+    x = _input(setting, (setting.numel // 2**10, 2**10))
+    grid = (-127, 127)
+
+    def given(group_size: int) -> Callable[[], Tensor]:
+        shape = (x.shape[0], x.shape[1] // group_size)
+        scale = torch.linspace(0.019, 0.021, shape[0] * shape[1], device=x.device).reshape(shape)
+        zero_point = torch.zeros(shape, dtype=torch.int32, device=x.device)
+        return lambda: functional.fake_quantize(x, scale, zero_point, *grid, -1, group_size=group_size)
+
+    def current(**options: Any) -> Callable[[], Tensor]:
+        return lambda: functional.fake_quantize_current(x, *grid, symmetric=True, **options)
+
+    rows, zero_points = _qparams(setting, x.shape[0])[0], torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+    candidates = {
+        **_memory_speed(x),
+        "per channel": Candidate(lambda: functional.fake_quantize(x, rows, zero_points, *grid, 0), tolerance=None),
+        **{f"group {size}": Candidate(given(size), tolerance=None) for size in (32, 128)},
+        "current, per tensor": Candidate(current()),
+        "current, per channel": Candidate(current(axis=0), tolerance=None),
+        "current, per token": Candidate(current(axis=-1, group_size=x.shape[1]), tolerance=None),
+        **{f"current, group {n}": Candidate(current(axis=-1, group_size=n), tolerance=None) for n in (32, 128)},
+    }
+    return Case(
+        setting.workload(GROUPS_OP, FORWARD),
+        candidates,
+        lambda: (reference.fake_quantize_current(x, *grid, symmetric=True),),
+        _bytes(setting, 2, 1),
+        "per channel",
+    )
+
+
+TORCH_LEARNABLE = "torch learnable"
+
+
+def fake_quantize_learned(setting: Setting, axis: int | None = None) -> Case:
+    """LSQ, forward and backward with the gradient of the scale, against torch's and fake quantization alone."""
+    x = _input(setting, (setting.numel // 2**10, 2**10)).requires_grad_()
+    gradient = torch.ones_like(x) * 0.5
+    scale = _qparams(setting, 1 if axis is None else x.shape[axis])[0].requires_grad_()
+    zero_point = torch.zeros_like(scale, requires_grad=False)
+    integers = zero_point.to(torch.int32)
+
+    def with_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            y = function(x, scale)
+            return y, *torch.autograd.grad(y, (x, scale), gradient)
+
+        return run
+
+    def learned(module: ModuleType) -> Callable[[], tuple[Tensor, ...]]:
+        return with_gradients(lambda x, s: module.fake_quantize_learned(x, s, quant_min=-127, quant_max=127, axis=axis))
+
+    def plain(x: Tensor) -> Tensor:
+        return functional.fake_quantize(x, scale.detach(), integers, -127, 127, axis)
+
+    def torchs(x: Tensor, s: Tensor) -> Tensor:
+        if axis is None:
+            return torch._fake_quantize_learnable_per_tensor_affine(x, s, zero_point, -127, 127, 1.0)
+        return torch._fake_quantize_learnable_per_channel_affine(x, s, zero_point, axis, -127, 127, 1.0)
+
+    competition = {
+        "fake_quantize": Candidate(_forward_backward(plain, x, gradient), tolerance=None),
+        TORCH_LEARNABLE: Candidate(with_gradients(torchs), tolerance=None),
+        EAGER: Candidate(learned(reference), 1e-5),
+    }
+    candidates = {
+        **_memory_speed(x),
+        OURS: Candidate(learned(functional), 1e-5),
+        **_chosen(setting, competition),
+    }
+    op = "fake_quantize_learned" if axis is None else "fake_quantize_learned, per channel"
+    return Case(setting.workload(op, FORWARD_BACKWARD), candidates, learned(reference), _bytes(setting, 5, 1))
+
+
 def straight_through(setting: Setting) -> Case:
     g = _input(setting)
     numel = g.numel()
@@ -528,6 +607,8 @@ GRID: dict[str, Builder] = {
     "fake_quantize_current": fake_quantize_current,
     "fake_quantize_current per channel": functools.partial(fake_quantize_current, axis=0),
     "batch_norm + relu6 + observe_fake_quantize": batch_norm_fake_quantize,
+    "fake_quantize_learned": fake_quantize_learned,
+    "fake_quantize_learned per channel": functools.partial(fake_quantize_learned, axis=0),
     "dorefa_weight": _in_phase(dorefa_weight, FORWARD_BACKWARD),
     "dorefa_activation": _in_phase(dorefa_activation, FORWARD_BACKWARD),
     "dorefa_gradient": dorefa_gradient,

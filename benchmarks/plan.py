@@ -71,6 +71,8 @@ _QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
     "relu6 + observe_fake_quantize": {20: (AO,)},
     "fake_quantize_current": {16: (), 20: (EAGER,)},
     "fake_quantize_current per channel": {16: (), 20: (EAGER,)},
+    "fake_quantize_learned": {20: ("fake_quantize", kernels.TORCH_LEARNABLE)},
+    "fake_quantize_learned per channel": {20: ("fake_quantize", kernels.TORCH_LEARNABLE)},
     "fake_quantize per channel": {20: (ATEN,)},
     "observe_fake_quantize per channel": {20: (AO,)},
     "fake_quantize_ forward": {20: ()},
@@ -107,6 +109,7 @@ def _only_accept_lines() -> Iterator[Build]:
         yield _build(name, Setting("float32", 1, peers=peers))
     for setting in _settings(20):
         yield functools.partial(kernels.fake_quantize_each_axis, setting)
+        yield functools.partial(kernels.fake_quantize_groups, setting)
     most = thread_counts()[-1]
     if most > 1:
         for exponent in (10, 12, 14, 15, 16, 18, 20, 22):

@@ -78,6 +78,20 @@ struct EndStepJob {
   int64_t* step;  // [], advanced
 };
 
+// The gradients of fake quantization with a learned scale and zero point (LSQ), from the input.
+struct LearnedGradientJob {
+  DType dtype;
+  const void* grad_output;
+  const void* input;
+  void* grad_input;
+  ChannelView view;
+  const float* scale;         // [channels]
+  const int32_t* zero_point;  // [channels]
+  int32_t quant_min, quant_max;
+  void* grad_scale;       // [channels] of the compute type (double for float64, else float)
+  void* grad_zero_point;  // the same
+};
+
 // grad_input = mask ? grad_output : 0, for elements of element_size bytes.
 struct StraightThroughJob {
   int64_t element_size;

@@ -8,7 +8,8 @@ Functions with ``setup_context`` serve there, whose calls cost three times as mu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -93,6 +94,8 @@ MASKED = {
 _ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
 
 _STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_GIVEN = MASKED["fake_quantize"].operator
+_LEARNED_BACKWARD = _Operator.of(_raw.fake_quantize_learned_backward.default)
 _DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
 _DOREFA_WEIGHT_BACKWARD = _Operator.of(_raw.dorefa_weight_backward.default)
 _DOREFA_GRADIENT = _Operator.of(_raw.dorefa_gradient.default)
@@ -129,6 +132,21 @@ def composing() -> bool:
 
 def _in_jit_trace() -> bool:
     return not _tracing() and torch._C._is_tracing()
+
+
+@contextmanager
+def _tracing_paused() -> Iterator[None]:
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def untraced() -> AbstractContextManager[None]:
+    """Within it shapes are numbers: a torch.jit.trace takes them for tensors."""
+    return _tracing_paused() if _in_jit_trace() else nullcontext()
 
 
 def bump_versions(tensors: Iterable[Tensor]) -> None:
@@ -363,6 +381,178 @@ def _masked_transformed(name: str, input: Tensor, inplace: bool, arguments: tupl
     value, passes = value_of(input.detach(), name, *arguments)
     output = _replace(torch.where(passes, input, 0), value)
     return input.copy_(output) if inplace else output
+
+
+# Learned scales
+
+
+class LearnedGrid(NamedTuple):
+    """The grid of learned scales.
+
+    Attributes:
+        quant_min: lowest integer.
+        quant_max: highest integer.
+        axis: the dimension with a scale per index; None for one scale.
+        elements: how many share a scale: a number, or one for every scale.
+    """
+
+    quant_min: int
+    quant_max: int
+    axis: int | None
+    elements: int | Tensor
+
+    def given(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Any, ...]:
+        """Scale, zero point, quant_min, quant_max, axis, as operators with a given grid take them."""
+        if zero_point is None:
+            levels = torch.zeros_like(scale, dtype=torch.int32)
+        else:
+            levels = zero_point.detach().round().clamp(self.quant_min, self.quant_max).to(torch.int32)
+        return scale.detach().float(), levels, self.quant_min, self.quant_max, self.axis
+
+    def quantize(self, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """The output, not differentiated."""
+        output: Tensor = _GIVEN.pick()(input, *self.given(scale, zero_point), None, None)[0]
+        return output
+
+    def weight(self) -> float | Tensor:
+        """What the gradients of scale and zero point are multiplied with."""
+        return (self.quant_max * self.elements) ** -0.5
+
+    def gradients(
+        self, grad_output: Tensor, input: Tensor, scale: Tensor, zero_point: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of input, scale and zero point; that of a zero point of None is without a meaning."""
+        backward = _LEARNED_BACKWARD.pick()
+        grad_input, grad_scale, grad_zero_point = backward(grad_output, input, *self.given(scale, zero_point))
+        weight = self.weight()
+        grad_scale = (grad_scale * weight).to(scale.dtype).reshape(scale.shape)
+        parameter = scale if zero_point is None else zero_point
+        return grad_input, grad_scale, (grad_zero_point * weight).to(parameter.dtype).reshape(parameter.shape)
+
+    def factors(self, input: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What tangents of input, scale and zero point are multiplied with; the last two as `input` broadcasts them."""
+        s, z, quant_min, quant_max, axis = self.given(scale, zero_point)
+        x = input if input.dtype == torch.float64 else input.float()
+        weight = self.weight()
+        if isinstance(weight, Tensor):
+            weight = self._over(weight.to(x.dtype), x, axis)
+        s, z = (self._over(parameter.to(x.dtype), x, axis) for parameter in (s, z))
+        quotient = x / s
+        rounded = quotient.round()
+        level = rounded.clamp(quant_min - z, quant_max - z)
+        passes = (rounded - level).abs() < 0.5
+        return passes, weight * (level - torch.where(passes, quotient, 0)), weight * torch.where(passes, 0, -s)
+
+    @staticmethod
+    def _over(parameter: Tensor, input: Tensor, axis: int | None) -> Tensor:
+        if axis is None:
+            return parameter.reshape(())
+        shape = [1] * input.dim()
+        shape[axis] = -1
+        return parameter.reshape(shape)
+
+
+class _Learned(Function):
+    """Fake quantization whose scale and zero point have gradients; a zero point of None is 0 and has none."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, scale: Tensor, zero_point: Tensor | None, grid: LearnedGrid) -> Tensor:
+        ctx.save_for_backward(input, scale, zero_point)
+        ctx.grid = grid
+        return grid.quantize(input, scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if transforming() or (_is_grad_enabled() and not _tracing()):
+            gradients = apply(_LearnedGradients, grad_outputs[0], *ctx.saved_tensors, ctx.grid)
+        else:
+            gradients = ctx.grid.gradients(grad_outputs[0], *ctx.saved_tensors)
+        return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), None
+
+
+class _LearnedGradients(Function):
+    """Gradients of which derivatives are asked, and which have none."""
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor, input: Tensor, scale: Tensor, zero_point: Tensor | None, grid: LearnedGrid
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return grid.gradients(grad_output, input, scale, zero_point)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise RuntimeError("fake_quantize_learned: the gradients cannot be differentiated again")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError("fake_quantize_learned: the gradients cannot be differentiated again")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Any, Any]:
+        samples = _slices(info.batch_size, in_dims[:4], operands[:4])
+        gradients = zip(*(apply(_LearnedGradients, *sample, operands[4]) for sample in samples), strict=True)
+        return tuple(torch.stack(of_one) for of_one in gradients), (0, 0, 0)
+
+
+class _TransformedLearned(Function):
+    """:class:`_Learned` for transforms; under vmap each sample may have scales of its own."""
+
+    @staticmethod
+    def forward(input: Tensor, scale: Tensor, zero_point: Tensor | None, grid: LearnedGrid) -> Tensor:
+        return grid.quantize(input, scale, zero_point)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.grid = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = apply(_LearnedGradients, grad_outputs[0], *ctx.saved_tensors, ctx.grid)
+        return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad, strict=False)), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        input, *parameters = ctx.saved_tensors
+        passes, *weights = ctx.grid.factors(input, *parameters)
+        tangent = torch.zeros_like(passes, dtype=weights[0].dtype)
+        if tangents[0] is not None:
+            tangent = torch.where(passes, tangents[0], tangent)
+        for of_parameter, weight in zip(tangents[1:3], weights, strict=True):
+            if of_parameter is not None:
+                tangent = tangent + weight * LearnedGrid._over(of_parameter, input, ctx.grid.axis)
+        return tangent.to(input.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        samples = _slices(info.batch_size, in_dims[:3], operands[:3])
+        return torch.stack([apply(_TransformedLearned, *sample, operands[3]) for sample in samples]), 0
+
+
+def _learned_in_jit_trace(input: Tensor, scale: Tensor, zero_point: Tensor | None, grid: LearnedGrid) -> Tensor:
+    """Of operators, which the trace records with their derivatives."""
+    passes, *weights = grid.factors(input.detach(), scale, zero_point)
+    smooth = torch.where(passes, input, 0)
+    for parameter, weight in zip((scale, zero_point), weights, strict=True):
+        if parameter is not None:
+            smooth = smooth + weight * LearnedGrid._over(parameter - parameter.detach(), input, grid.axis)
+    return _replace(smooth.to(input.dtype), grid.quantize(input.detach(), scale, zero_point))
+
+
+def learned(input: Tensor, scale: Tensor, zero_point: Tensor | None, grid: LearnedGrid) -> Tensor:
+    """Fake quantization with a scale and a zero point that have gradients."""
+    if transforming():
+        return apply(_TransformedLearned, input, scale, zero_point, grid)  # type: ignore[no-any-return]
+    if _in_jit_trace():
+        return _learned_in_jit_trace(input, scale, zero_point, grid)
+    if needs_grad(input) or needs_grad(scale) or (zero_point is not None and needs_grad(zero_point)):
+        return apply(_Learned, input, scale, zero_point, grid)  # type: ignore[no-any-return]
+    return grid.quantize(input, scale, zero_point)
 
 
 # DoReFa

@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from quantkernels._errors import fail as fail
 
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 FLOATING_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -59,11 +61,6 @@ def build_info() -> dict[str, Any]:
     """
     info: dict[str, Any] = json.loads(torch.ops.quantkernels.build_info())
     return info
-
-
-def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = RuntimeError) -> NoReturn:
-    """Raises the one form of error message that all operators use; operators themselves raise RuntimeError."""
-    raise error(f"{op}: expected `{argument}` to be {expected}, but got {actual}")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -460,6 +457,29 @@ _library.impl("begin_step.in_forward", _begin_step_in_forward, "CompositeExplici
 _library.impl("end_step.in_forward", _end_step_in_forward, "CompositeExplicitAutograd")
 
 
+@_define(
+    f"fake_quantize_learned_backward(Tensor grad_output, Tensor input, {_PER_TENSOR}, int? axis) -> "
+    "(Tensor grad_input, Tensor grad_scale, Tensor grad_zero_point)"
+)
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "fake_quantize_learned_backward"
+    _check_same_device(op, "grad_output", grad_output, input)
+    _check_given(op, input, scale, zero_point, axis, _Quantization(quant_min, quant_max))
+    _check_dtype(op, "grad_output", grad_output, input.dtype)
+    if grad_output.shape != input.shape:
+        fail(op, "grad_output", f"of shape {_shape(input)}", _shape(grad_output))
+    sums = input.new_empty((scale.numel(),), dtype=statistics_dtype(input.dtype))
+    return _empty_like(input), sums, torch.empty_like(sums)
+
+
 @_define("straight_through(Tensor grad_output, Tensor mask, int memory_format) -> Tensor")
 def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     op = "straight_through"
@@ -490,10 +510,6 @@ def _check_bits(op: str, bits: int) -> None:
         fail(op, "bits", "from 1 to 16", bits)
 
 
-def _statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @_define("dorefa_weight(Tensor weight, int bits) -> (Tensor output, Tensor statistic)")
 def _(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     op = "dorefa_weight"
@@ -501,7 +517,7 @@ def _(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if weight.numel() == 0:
         fail(op, "weight", "of at least one element", _shape(weight))
     _check_bits(op, bits)
-    return _empty_like(weight), weight.new_empty((1,), dtype=_statistic_dtype(weight.dtype))
+    return _empty_like(weight), weight.new_empty((1,), dtype=statistics_dtype(weight.dtype))
 
 
 @_define("dorefa_weight_backward(Tensor grad_output, Tensor weight, Tensor statistic) -> Tensor")
@@ -511,7 +527,7 @@ def _(grad_output: Tensor, weight: Tensor, statistic: Tensor) -> Tensor:
     _check_same_device(op, "statistic", statistic, weight)
     _check_floating(op, "weight", weight)
     _check_dtype(op, "grad_output", grad_output, weight.dtype)
-    _check_dtype(op, "statistic", statistic, _statistic_dtype(weight.dtype))
+    _check_dtype(op, "statistic", statistic, statistics_dtype(weight.dtype))
     if grad_output.shape != weight.shape:
         fail(op, "grad_output", f"of shape {_shape(weight)}", _shape(grad_output))
     if statistic.numel() != 1:
@@ -548,7 +564,7 @@ def _(grad_output: Tensor, rng_state: Tensor, bits: int, stream: int) -> Tensor:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What batch norm's statistics and parameters are in beside an input of `dtype`."""
+    """What statistics, sums and batch norm's parameters are in beside an input of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, export, recipes
+from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, export, recipes
 from quantkernels.export.verification import run
 
 TEST_IMAGES = 597
@@ -32,13 +32,22 @@ class Configuration:
     quantizer: Callable[[nn.Module], Quantizer] | None
 
 
-def qat(weight_bits: int) -> Callable[[nn.Module], Quantizer]:
-    """QAT with `weight_bits` bits for the weights and 8 for the outputs of the activations."""
+def qat(weight_bits: int, output_bits: int = 8) -> Callable[[nn.Module], Quantizer]:
+    """QAT with `weight_bits` bits for the weights and `output_bits` for the outputs of the activations."""
     config_list = [
         {"quant_types": ["weight"], "quant_bits": {"weight": weight_bits}, "op_types": LAYERS},
-        {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU6"]},
+        {"quant_types": ["output"], "quant_bits": output_bits, "op_types": ["ReLU6"]},
     ]
     return lambda model: QAT_Quantizer(model, config_list)
+
+
+def lsq(bits: int) -> Callable[[nn.Module], Quantizer]:
+    """LSQ with `bits` bits for weights, on the paper's grid with all its levels, and outputs of the activations."""
+    config_list = [
+        {"quant_types": ["weight"], "quant_bits": bits, "quant_dtype": "uint", "op_types": LAYERS},
+        {"quant_types": ["output"], "quant_bits": bits, "op_types": ["ReLU6"]},
+    ]
+    return lambda model: LsqQuantizer(model, config_list)
 
 
 def dorefa(weight_bits: int, activation_bits: int, exclude: Sequence[str] = ()) -> Callable[[nn.Module], Quantizer]:
@@ -57,6 +66,10 @@ CONFIGURATIONS = (
     Configuration("Naive, 8-bit weights", NaiveQuantizer),
     Configuration("QAT, 8-bit weights and outputs", qat(8)),
     Configuration("QAT, 4-bit weights, 8-bit outputs", qat(4)),
+    Configuration("QAT W4A4", qat(4, 4)),
+    Configuration("LSQ W4A4", lsq(4)),
+    Configuration("QAT W2A2", qat(2, 2)),
+    Configuration("LSQ W2A2", lsq(2)),
     # As in the paper, the first and the last layer stay float at so few bits.
     Configuration("DoReFa W1A2", dorefa(1, 2, exclude=["conv1", "linear"])),
     Configuration("DoReFa W8A8", dorefa(8, 8)),
@@ -231,22 +244,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m quantkernels.demo", description=__doc__)
     parser.add_argument("--epochs", type=int, default=10, help="epochs per training (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings per configuration (default %(default)s)")
+    parser.add_argument("--keras", action="store_true", help="a Keras model in place of PyTorch's")
     options = parser.parse_args(arguments)
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise SystemExit("The demo needs tqdm for its progress bar; run: pip install scikit-learn tqdm") from error
 
+    train, rows = measure, len(CONFIGURATIONS)
+    if options.keras:
+        from quantkernels.keras import demo as keras_demo
+
+        train, rows = keras_demo.measure, len(keras_demo.CONFIGURATIONS)
     torch.use_deterministic_algorithms(True)
     # The network is too small to gain from threads, and sums then do not depend on the number of cores.
     torch.set_num_threads(1)
-    total = options.seeds * options.epochs * len(CONFIGURATIONS)
-    with tqdm(desc="Training", total=total, unit="epoch", disable=None) as bar:
-        results = measure(options.epochs, options.seeds, bar.update)
+    with tqdm(desc="Training", total=options.seeds * options.epochs * rows, unit="epoch", disable=None) as bar:
+        results = train(options.epochs, options.seeds, bar.update)
     print(table(results))
     print(f"\nMean over {options.seeds} seeds, {options.epochs} epochs each, {TEST_IMAGES} test images.")
     print("vs float: percentage points. epoch time: median ratio to the float epoch of the same round.")
-    print(deploy(options.epochs))
+    if not options.keras:
+        print(deploy(options.epochs))
 
 
 if __name__ == "__main__":

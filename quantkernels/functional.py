@@ -20,8 +20,19 @@ from torch.autograd import forward_ad as _forward
 from torch.jit import _trace as _jit
 
 from quantkernels import _autograd
-from quantkernels._autograd import MASKED, bump_versions, masked
+from quantkernels._autograd import (
+    MASKED,
+    LearnedGrid,
+    bump_versions,
+    check_writable,
+    learned,
+    masked,
+    needs_grad,
+    untraced,
+)
+from quantkernels._groups import Groups
 from quantkernels._ops import fail
+from quantkernels.grids import quant_range
 
 __all__ = [
     "batch_norm_fake_quantize",
@@ -33,6 +44,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_current",
     "fake_quantize_in_range",
+    "fake_quantize_learned",
     "min_max",
     "observe_fake_quantize",
     "qparams",
@@ -47,35 +59,6 @@ _raw: Any = torch.ops.quantkernels
 _per_tensor = MASKED["fake_quantize_per_tensor"].operator.eager
 _tracing = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
-
-
-def quant_range(bits: int, quant_dtype: str = "uint", symmetric: bool = False) -> tuple[int, int]:
-    """The integer grid of a quantizer.
-
-    Args:
-        bits: 1 to 16, at least 2 when symmetric.
-        quant_dtype: ``'uint'`` or ``'int'``.
-        symmetric: the zero point is fixed; signed grids are then narrow, [-127, 127] for 8 bits (Jacob et al. 2018).
-
-    Returns:
-        ``(quant_min, quant_max)``.
-
-    Raises:
-        TypeError: `bits` is no int.
-        ValueError: a value is out of range.
-    """
-    op = "quant_range"
-    if quant_dtype not in ("uint", "int"):
-        fail(op, "quant_dtype", "'uint' or 'int'", repr(quant_dtype), ValueError)
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        fail(op, "bits", "an int", repr(bits), TypeError)
-    fewest = 2 if symmetric else 1
-    if not fewest <= bits <= 16:
-        fail(op, "bits", f"an int from {fewest} to 16", repr(bits), ValueError)
-    if quant_dtype == "uint":
-        return 0, 2**bits - 1
-    highest = 2 ** (bits - 1) - 1
-    return (-highest if symmetric else -highest - 1), highest
 
 
 def _divide(tensor: Tensor, number: int) -> Tensor:
@@ -150,6 +133,7 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     *,
+    group_size: int | None = None,
     bounds: Bounds | None = None,
     inplace: bool = False,
 ) -> Tensor:
@@ -161,11 +145,13 @@ def fake_quantize(
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16. Half formats are computed in float32.
-        scale: positive number, or float32 tensor of one element (of ``input.shape[axis]`` with `axis`).
+        scale: positive number, or float32 tensor of one element (of ``input.shape[axis]`` with `axis`; with
+            `group_size` of the input's shape, but as many along `axis` as there are groups).
         zero_point: int, or int32 tensor of the same shape; within the grid.
         quant_min: lowest integer, -2^15 to 0.
         quant_max: highest integer, up to 2^16 - 1.
         axis: the dimension with one scale and zero point per index; None for one of each.
+        group_size: elements along `axis` that share a scale and zero point; the last group may be shorter.
         bounds: ``(low, high)`` of a clamp-type activation applied first: ReLU is ``(0, inf)``, ReLU6 ``(0, 6)``.
         inplace: write the result into `input`.
 
@@ -174,9 +160,13 @@ def fake_quantize(
 
     Raises:
         RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+        ValueError: `axis` or `group_size` makes no groups.
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
+    if group_size is not None:
+        groups = Groups.of("fake_quantize", input, axis, group_size)
+        return _fake_quantize_groups(input, groups, scale, zero_point, (quant_min, quant_max), bounds, inplace)
     if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
         if axis is None and bounds is None:
             plain = not (inplace or input.requires_grad or scale.requires_grad or _tracing())
@@ -197,6 +187,25 @@ def fake_quantize(
         zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
     low, high = _operator_bounds(bounds)
     return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
+
+
+def _fake_quantize_groups(
+    input: Tensor,
+    groups: Groups,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    grid: tuple[int, int],
+    bounds: Bounds | None,
+    inplace: bool,
+) -> Tensor:
+    op = "fake_quantize"
+    if inplace and not _tracing():
+        check_writable(op, input, needs_grad(input))
+    scale = groups.per_group(op, "scale", _as_tensor("scale", scale, torch.float32, input), input)
+    zero_point = groups.per_group(op, "zero_point", _as_tensor("zero_point", zero_point, torch.int32, input), input)
+    arguments = (scale, zero_point, *grid, 0, *_operator_bounds(bounds))
+    output = groups.restore(masked(op, groups.rows(input), False, arguments), input)
+    return input.copy_(output) if inplace else output
 
 
 def fake_quantize_in_range(
@@ -282,6 +291,7 @@ def fake_quantize_current(
     *,
     symmetric: bool = False,
     axis: int | None = None,
+    group_size: int | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
     """Fake-quantizes with the input's own range. Pure: there is no state to grow old.
@@ -294,6 +304,8 @@ def fake_quantize_current(
         quant_max: highest integer of the grid.
         symmetric: the zero point is fixed to the middle of the grid.
         axis: the dimension with a range per index; None for one range.
+        group_size: elements along `axis` that share a range; the last group may be shorter. The dimension's size, or
+            more, gives one range for every index of the others: with ``axis=-1`` one per token.
         active: float32 [2]: while it is (0, 0) the input passes unquantized, which is decided on its device.
 
     Returns:
@@ -301,10 +313,75 @@ def fake_quantize_current(
 
     Raises:
         RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+        ValueError: `axis` or `group_size` makes no groups.
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    return masked("fake_quantize_current", input, False, (active, quant_min, quant_max, symmetric, axis))
+    if group_size is None:
+        return masked("fake_quantize_current", input, False, (active, quant_min, quant_max, symmetric, axis))
+    groups = Groups.of("fake_quantize_current", input, axis, group_size)
+    arguments = (active, quant_min, quant_max, symmetric, 0)
+    return groups.restore(masked("fake_quantize_current", groups.rows(input), False, arguments), input)
+
+
+def fake_quantize_learned(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Fake quantization whose scale, and zero point if there is one, are learned (LSQ, LSQ+).
+
+    Forward as :func:`fake_quantize`, with the zero point rounded and clamped to the grid. With v = x / scale, z the
+    zero point and sums over the N elements that share a scale:
+
+    - scale: ``g * sum(grad_output * f)``, f = quant_min - z below the grid, quant_max - z above, rint(v) - v inside;
+    - zero point: ``g * sum(grad_output * -scale)`` over what is outside the grid;
+    - input: the incoming gradient inside the grid, else 0. ``g = 1 / sqrt(N * quant_max)``.
+
+    Sums are in float64, in an order that depends on no number of threads. `input` is kept for the backward pass.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16.
+        scale: positive, floating, of one element; of ``input.shape[axis]`` with `axis`; with `group_size` of the
+            input's shape, but as many along `axis` as there are groups. Used as float32.
+        zero_point: floating, of the shape of `scale`; None is 0.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid, at least 1.
+        axis: the dimension with a scale per index; None for one scale.
+        group_size: elements along `axis` that share a scale; the last group may be shorter.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`. Differentiable once.
+
+    Raises:
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected; a second derivative.
+        ValueError: `axis` or `group_size` makes no groups, or `quant_max` is less than 1.
+
+    Source: Esser et al. 2020, arXiv 1902.08153; Bhalgat et al. 2020, arXiv 2004.09576.
+    """
+    op = "fake_quantize_learned"
+    for argument, parameter in (("scale", scale), ("zero_point", zero_point)):
+        if parameter is not None and not parameter.is_floating_point():
+            fail(op, argument, "floating", str(parameter.dtype).removeprefix("torch."))
+    with untraced():
+        if zero_point is not None and zero_point.shape != scale.shape:
+            fail(op, "zero_point", f"of shape {list(scale.shape)}", list(zero_point.shape))
+        elements = max(input.numel() // max(scale.numel(), 1), 1)
+    if quant_max < 1:
+        fail(op, "quant_max", "at least 1", quant_max, ValueError)
+    if group_size is None:
+        return learned(input, scale, zero_point, LearnedGrid(quant_min, quant_max, axis, elements))
+    groups = Groups.of(op, input, axis, group_size)
+    scale = groups.per_group(op, "scale", scale, input)
+    if zero_point is not None:
+        zero_point = groups.per_group(op, "zero_point", zero_point, input)
+    grid = LearnedGrid(quant_min, quant_max, 0, groups.elements(input))
+    return groups.restore(learned(groups.rows(input), scale, zero_point, grid), input)
 
 
 def begin_step(

@@ -25,6 +25,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_current",
     "fake_quantize_in_range",
+    "fake_quantize_learned",
     "min_max",
     "observe_fake_quantize",
     "philox4x32",
@@ -62,9 +63,17 @@ def _straight_through(input: Tensor, output: Tensor, passes: Tensor, inplace: bo
     return input.copy_(result) if inplace else result
 
 
-def _per_channel(parameter: Tensor, input: Tensor, axis: int | None) -> Tensor:
+def _forward_as(x: Tensor, output: Tensor) -> Tensor:
+    """`output`, with the gradient of `x`."""
+    return _apply(_StraightThrough, x, output.detach(), torch.ones_like(x, dtype=torch.bool))
+
+
+def _per_channel(parameter: Tensor, input: Tensor, axis: int | None, group_size: int | None = None) -> Tensor:
+    """A parameter for every channel or group, so that it broadcasts over the input."""
     if axis is None:
         return parameter.reshape(())
+    if group_size is not None:
+        return parameter.repeat_interleave(group_size, axis).narrow(axis, 0, input.shape[axis])
     shape = [1] * input.dim()
     shape[axis] = -1
     return parameter.reshape(shape)
@@ -77,14 +86,15 @@ def _quantize(
     quant_min: int,
     quant_max: int,
     axis: int | None,
+    group_size: int | None,
     bounds: Bounds | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The clamped input, the quantized result, and whether each lets the gradient pass."""
     x = _widen(input.detach())
     low, high = bounds or (-math.inf, math.inf)
     clamped = x.clamp(low, high)
-    scale = _per_channel(scale, input, axis).to(x.dtype)
-    zero_point = _per_channel(zero_point, input, axis).to(x.dtype)
+    scale = _per_channel(scale, input, axis, group_size).to(x.dtype)
+    zero_point = _per_channel(zero_point, input, axis, group_size).to(x.dtype)
     q = torch.round(clamped / scale) + zero_point
     largest = torch.finfo(input.dtype).max
     y = ((q.clamp(quant_min, quant_max) - zero_point) * scale).clamp(-largest, largest)
@@ -100,13 +110,14 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
     *,
+    group_size: int | None = None,
     bounds: Bounds | None = None,
     inplace: bool = False,
 ) -> Tensor:
     """See :func:`quantkernels.functional.fake_quantize`."""
     scale = torch.as_tensor(scale, dtype=torch.float32, device=input.device)
     zero_point = torch.as_tensor(zero_point, dtype=torch.int32, device=input.device)
-    _, y, _, passes = _quantize(input, scale, zero_point, quant_min, quant_max, axis, bounds)
+    _, y, _, passes = _quantize(input, scale, zero_point, quant_min, quant_max, axis, group_size, bounds)
     return _straight_through(input, y, passes, inplace)
 
 
@@ -119,19 +130,20 @@ def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 
 def _quantize_in_range(
     input: Tensor,
-    observed_range: Tensor,
+    low: Tensor,
+    high: Tensor,
     quant_min: int,
     quant_max: int,
     symmetric: bool,
     axis: int | None,
-    bounds: Bounds | None,
-    inplace: bool,
+    group_size: int | None = None,
+    bounds: Bounds | None = None,
+    inplace: bool = False,
 ) -> Tensor:
-    low, high = observed_range[0].reshape(-1), observed_range[1].reshape(-1)
     has_grid = torch.isfinite(low) & torch.isfinite(high) & ((low != 0) | (high != 0))
     scale, zero_point = qparams(low, high, quant_min, quant_max, symmetric)
-    clamped, y, inside, passes = _quantize(input, scale, zero_point, quant_min, quant_max, axis, bounds)
-    has_grid = _per_channel(has_grid, input, axis)
+    clamped, y, inside, passes = _quantize(input, scale, zero_point, quant_min, quant_max, axis, group_size, bounds)
+    has_grid = _per_channel(has_grid, input, axis, group_size)
     output, mask = torch.where(has_grid, y, clamped), torch.where(has_grid, passes, inside)
     return _straight_through(input, output, mask, inplace)
 
@@ -148,7 +160,8 @@ def fake_quantize_in_range(
     inplace: bool = False,
 ) -> Tensor:
     """See :func:`quantkernels.functional.fake_quantize_in_range`."""
-    return _quantize_in_range(input, observed_range, quant_min, quant_max, symmetric, axis, bounds, inplace)
+    low, high = observed_range.reshape(2, -1)
+    return _quantize_in_range(input, low, high, quant_min, quant_max, symmetric, axis, None, bounds, inplace)
 
 
 def observe_fake_quantize(
@@ -168,7 +181,8 @@ def observe_fake_quantize(
         clamped = _widen(input.detach()).clamp(*(bounds or (-math.inf, math.inf)))
         minimum, maximum = (extremum.float().reshape(pending.shape[1:]) + 0.0 for extremum in min_max(clamped, axis))
         pending.copy_(torch.stack((torch.minimum(pending[0], minimum), torch.maximum(pending[1], maximum))))
-    return _quantize_in_range(input, active, quant_min, quant_max, symmetric, axis, bounds, inplace)
+    low, high = active.reshape(2, -1)
+    return _quantize_in_range(input, low, high, quant_min, quant_max, symmetric, axis, None, bounds, inplace)
 
 
 def fake_quantize_current(
@@ -178,15 +192,50 @@ def fake_quantize_current(
     *,
     symmetric: bool = False,
     axis: int | None = None,
+    group_size: int | None = None,
     active: Tensor | None = None,
 ) -> Tensor:
     """See :func:`quantkernels.functional.fake_quantize_current`."""
-    channels = 1 if axis is None else input.shape[axis]
-    if input.numel() == 0 or (active is not None and not active.any()):
-        current = torch.zeros((2, channels), device=input.device)
+    if input.numel() == 0:
+        return input.clone()
+    x = _widen(input.detach())
+    if axis is None or group_size is None:
+        low, high = min_max(x, axis)
     else:
-        current = torch.stack(min_max(_widen(input), axis)).float()
-    return _quantize_in_range(input, current, quant_min, quant_max, symmetric, axis, None, False)
+        groups = torch.split(x, group_size, axis)
+        low, high = (torch.cat([f(g, axis, keepdim=True) for g in groups], axis) for f in (torch.amin, torch.amax))
+    is_active = active is None or bool(active.any())
+    low, high = (torch.where(torch.tensor(is_active), extremum.float(), 0.0) for extremum in (low, high))
+    return _quantize_in_range(input, low, high, quant_min, quant_max, symmetric, axis, group_size)
+
+
+def fake_quantize_learned(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """See :func:`quantkernels.functional.fake_quantize_learned`. Its gradients are autograd's own."""
+
+    def learned(parameter: Tensor, rounded: Tensor) -> Tensor:
+        """Forwards `rounded`; the gradient of `parameter` is weighted by 1 / sqrt(N * quant_max)."""
+        ones = torch.ones_like(parameter, requires_grad=True)
+        (elements,) = torch.autograd.grad(_per_channel(ones, input, axis, group_size).expand_as(input).sum(), ones)
+        weighted = parameter * (elements.clamp(min=1) * quant_max).rsqrt()
+        return _per_channel(_forward_as(weighted, rounded), input, axis, group_size)
+
+    x = _widen(input)
+    s = learned(scale.to(x.dtype), scale.float().to(x.dtype))
+    z = torch.zeros_like(s)
+    if zero_point is not None:
+        z = learned(zero_point.to(x.dtype), zero_point.to(x.dtype).round().clamp(quant_min, quant_max))
+    quotient = x / s
+    q = _forward_as(quotient, quotient.round()) + z
+    return ((q.clamp(quant_min, quant_max) - z) * s).to(input.dtype)
 
 
 def begin_step(
@@ -217,8 +266,7 @@ def end_step(ranges: Sequence[Tensor], pending: Sequence[Tensor], momenta: Seque
 
 def _round_to_levels(r: Tensor, levels: int) -> Tensor:
     """quantize_k of the paper, straight-through."""
-    rounded = _divide(torch.round(r.detach() * levels), levels)
-    return _apply(_StraightThrough, r, rounded, torch.ones_like(r, dtype=torch.bool))
+    return _forward_as(r, _divide(torch.round(r.detach() * levels), levels))
 
 
 class _ExactTanh(torch.autograd.Function):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional
+from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional
 
 CLAMPS = ["ReLU", "ReLU6", "Hardtanh"]
 
@@ -48,7 +48,13 @@ def naive(model: nn.Module, **options: Any) -> NaiveQuantizer:
     return NaiveQuantizer(model, **options)
 
 
-QUANTIZERS: list[Make] = [qat, delayed_qat, dorefa, naive]
+def lsq(model: nn.Module, **options: Any) -> LsqQuantizer:
+    """Every quant type, per channel and per tensor."""
+    layers = entry("weight input", 4, op_types=["Conv2d", "Linear"], quant_scheme={"weight": "per_channel_symmetric"})
+    return LsqQuantizer(model, [layers, entry("output", 4, op_types=CLAMPS)], **options)
+
+
+QUANTIZERS: list[Make] = [qat, delayed_qat, dorefa, naive, lsq]
 every_quantizer = pytest.mark.parametrize("make", QUANTIZERS, ids=lambda make: make.__name__)
 
 

@@ -11,13 +11,14 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from quantkernels import DoReFaQuantizer, QAT_Quantizer
+from quantkernels import DoReFaQuantizer, LsqQuantizer, QAT_Quantizer
 
 CONFIG = [
     {"quant_types": ["weight"], "quant_bits": 4, "op_types": ["Linear"]},
@@ -174,6 +175,44 @@ def optimizer_steps(rank: int) -> None:
         assert_equal_on_all_ranks(ranges(model))
 
 
+LSQ_CONFIG = [
+    {"quant_types": ["weight", "input"], "quant_bits": 4, "op_types": ["Linear"]},
+    {"quant_types": ["output"], "quant_bits": 4, "op_types": ["ReLU"], "quant_start_step": 2},
+]
+
+
+def learned_scales(rank: int) -> None:
+    """Ranks whose data differ agree on every scale, from the first step on; sharded as replicated."""
+    trained = []
+    for order in ("ddp", "fsdp"):
+        model = network()
+        LsqQuantizer(model, LSQ_CONFIG).compress()
+        if order == "fsdp":
+            shard(model)
+        wrapped = DistributedDataParallel(model) if order == "ddp" else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        losses = []
+        for step in range(5):
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(10 * step + rank)) * (1 + rank)
+            loss = wrapped(x).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            for parameter in whole(model):
+                assert_equal_on_all_ranks(parameter)
+        named = dict(zip(dict(model.named_parameters()), whole(model), strict=True))
+        assert all(bool(p.any()) for name, p in named.items() if "scale" in name), (order, named)
+        trained.append((losses, whole(model)))
+    (losses, weights), (sharded_losses, sharded) = trained
+    assert torch.allclose(torch.tensor(losses), torch.tensor(sharded_losses), atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights, sharded, strict=True))
+    model = network()
+    shard(model)
+    with pytest.raises(ValueError, match="expected a model before fully_shard"):
+        LsqQuantizer(model, LSQ_CONFIG).compress()
+
+
 def dorefa_noise_differs(rank: int) -> None:
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     nn.init.eye_(model[0].weight)
@@ -203,6 +242,7 @@ CASES: dict[str, Callable[[int], None]] = {
         resume_under_ddp,
         a_nan_on_one_rank_is_dropped_on_all,
         optimizer_steps,
+        learned_scales,
         dorefa_noise_differs,
     )
 }

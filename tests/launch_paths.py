@@ -45,6 +45,13 @@ def given_grids(channels: int) -> tuple[Any, ...]:
     return torch.linspace(0.01, 1.01, channels), torch.arange(channels, dtype=torch.int32) % 256, 0, 255
 
 
+LEARNED = {"quant_min": -8, "quant_max": 7}
+
+
+def given_scale(channels: int) -> tuple[Any, ...]:
+    return (torch.linspace(0.1, 0.3, channels),)
+
+
 def ranges(channels: int) -> Tensor:
     return torch.stack((torch.linspace(-2.0, -1.0, channels), torch.linspace(0.5, 1.5, channels))).squeeze(1)
 
@@ -113,6 +120,8 @@ SMALL = (
     Case("fake_quantize_in_range", (*FLAT, *CHANNELS), observed_range, {"bounds": (0.0, math.inf)}),
     Case("fake_quantize_current", (*FLAT, *CHANNELS), current, {"symmetric": True}),
     Case("fake_quantize_current", (*FLAT, *CHANNELS), current, {"symmetric": True}, misaligned=True),
+    Case("fake_quantize_learned", (*FLAT, *CHANNELS), given_scale, LEARNED, tolerance=1e-6),
+    Case("fake_quantize_learned", (*FLAT, *CHANNELS), given_scale, LEARNED, tolerance=1e-6, misaligned=True),
     Case("begin_step", (((1,), None),), beginning, needs_grad=False, has_input=False),
     Case("end_step", (((1,), None),), ending, needs_grad=False, has_input=False),
     Case("min_max", (*FLAT, *CHANNELS), needs_grad=False),
@@ -133,6 +142,7 @@ LARGE = (
     Case("fake_quantize", (*BIG, *BIG_CHANNELS), given_grids),
     Case("observe_fake_quantize", (*BIG, *BIG_CHANNELS, ((1_200_003,), None), ((2_200_003,), None)), observer),
     Case("fake_quantize_current", (*BIG, *BIG_CHANNELS), current, {"symmetric": True}),
+    Case("fake_quantize_learned", (*BIG, *BIG_CHANNELS), given_scale, LEARNED, tolerance=1e-6),
     Case("min_max", (*BIG, *BIG_CHANNELS), needs_grad=False),
     Case("dorefa_weight", BIG, lambda _: (1,), tolerance=1e-12),
     Case("dorefa_weight", BIG, lambda _: (4,), tolerance=1e-2),

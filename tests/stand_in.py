@@ -42,7 +42,8 @@ def install(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, masked in _autograd.MASKED.items()
     }
     monkeypatch.setattr(_autograd, "_ORDINARY", ordinary)
-    for name in ("_STRAIGHT_THROUGH", "_DOREFA_WEIGHT", "_DOREFA_WEIGHT_BACKWARD", "_DOREFA_GRADIENT"):
+    learned = ("_GIVEN", "_LEARNED_BACKWARD")
+    for name in ("_STRAIGHT_THROUGH", *learned, "_DOREFA_WEIGHT", "_DOREFA_WEIGHT_BACKWARD", "_DOREFA_GRADIENT"):
         operator = getattr(_autograd, name)
         monkeypatch.setattr(_autograd, name, operator._replace(eager=way(operator.traced)))
     monkeypatch.setattr(functional, "_per_tensor", ordinary["fake_quantize_per_tensor"][0])

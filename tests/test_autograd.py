@@ -788,3 +788,118 @@ def test_every_operator_with_a_mask_is_known() -> None:
             other = quantizer.in_place.traced._schema
             assert (other.name, other.overload_name) == (twin, schema.overload_name)
             assert [argument.name for argument in other.arguments] == ["input", *quantizer.names]
+
+
+def learned_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1), dtype=dtype) * 3
+    return x, torch.full((8,), 0.5, dtype=dtype), torch.full((8,), 1.0, dtype=dtype)
+
+
+def learned_sum(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    y = functional.fake_quantize_learned(x, scale, zero_point, quant_min=-4, quant_max=3, axis=-1)
+    return (y * torch.linspace(-1, 2, 8, dtype=y.dtype)).sum()
+
+
+@pytest.mark.parametrize("group_size", [None, 3])
+def test_learned_scales_under_transforms(group_size: int | None) -> None:
+    """torch.func's gradients are autograd's; the forward derivative is theirs transposed; a vmap is its samples."""
+    x, scale, zero_point = learned_arguments(torch.float64)
+    if group_size is not None:
+        scale, zero_point = torch.full((6, 3), 0.5).double(), torch.full((6, 3), 1.0).double()
+
+    def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        grid = {"quant_min": -4, "quant_max": 3, "axis": -1, "group_size": group_size}
+        return functional.fake_quantize_learned(x, scale, zero_point, **grid)  # type: ignore[arg-type]
+
+    leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
+    y = quantize(*leaves)
+    expected = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(gradient.abs().sum() > 0 for gradient in expected)
+    actual = torch.func.grad(lambda *t: quantize(*t).sum(), argnums=(0, 1, 2))(x, scale, zero_point)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+    for position, operand in enumerate((x, scale, zero_point)):
+        tangents = [torch.zeros_like(t) for t in (x, scale, zero_point)]
+        tangents[position] = torch.randn_like(operand)
+        _, tangent = torch.func.jvp(quantize, (x, scale, zero_point), tuple(tangents))
+        torch.testing.assert_close(tangent.sum(), (expected[position] * tangents[position]).sum())
+    batch = torch.stack((x, x * 0.5))
+    scales = torch.stack((scale, scale * 2))
+    per_sample = torch.func.vmap(torch.func.grad(lambda *t: quantize(*t).sum(), argnums=(0, 1)), (0, 0, None))
+    for i, (grad_x, grad_scale) in enumerate(zip(*per_sample(batch, scales, zero_point), strict=True)):
+        of_one = torch.func.grad(lambda *t: quantize(*t).sum(), argnums=(0, 1))(batch[i], scales[i], zero_point)
+        torch.testing.assert_close(grad_x, of_one[0], rtol=0, atol=0)
+        torch.testing.assert_close(grad_scale, of_one[1], rtol=0, atol=0)
+
+
+def test_learned_scales_have_no_second_derivative_and_say_so() -> None:
+    x, scale, zero_point = (t.requires_grad_() for t in learned_arguments())
+    (gradient,) = torch.autograd.grad(learned_sum(x, scale, zero_point), scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        (gradient.sum() + x.sum()).backward()
+    second = torch.func.grad(lambda s: torch.func.grad(learned_sum, argnums=1)(x, s, zero_point).sum())
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        second(scale)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_learned_scales_in_a_trace_and_compiled() -> None:
+    x, scale, zero_point = (t.requires_grad_() for t in learned_arguments())
+    expected = torch.autograd.grad(learned_sum(x, scale, zero_point), (x, scale, zero_point))
+    traced = torch.jit.trace(learned_sum, (x, scale, zero_point))  # type: ignore[no-untyped-call]
+    compiled = torch.compile(learned_sum, backend="aot_eager", fullgraph=True)
+    for function in (traced, compiled):
+        actual = torch.autograd.grad(function(x, scale, zero_point), (x, scale, zero_point))
+        torch.testing.assert_close(actual, expected)
+
+
+GROUPED: tuple[dict[str, Any], ...] = ({"axis": 1, "group_size": 4}, {"axis": 0, "group_size": 4})
+
+
+@pytest.mark.parametrize("kwargs", GROUPED)
+def test_gradients_flow_through_groups(kwargs: dict[str, Any]) -> None:
+    """Straight through each group's own grid, in a chain of operators, in place and compiled."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+    shape = (6, 2) if kwargs["axis"] == 1 else (2, 8)
+    scale = torch.linspace(0.05, 0.4, math.prod(shape)).reshape(shape)
+    zero_point = torch.zeros(shape, dtype=torch.int32)
+
+    def chain(x: Tensor, inplace: bool = False) -> Tensor:
+        return functional.fake_quantize(x * 2, scale, zero_point, -4, 3, **kwargs, inplace=inplace).square()
+
+    wide = scale.repeat_interleave(4, kwargs["axis"])[:6, :8]
+    q = (x * 2 / wide).round()
+    y = q.clamp(-4, 3) * wide
+    expected = torch.where((q >= -4) & (q <= 3), 2 * y * 2, 0)
+    assert 0 < (expected == 0).sum() < expected.numel()
+    for function in (chain, lambda x: chain(x, True), torch.compile(chain, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        function(leaf).sum().backward()
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_groups_in_place_bump_the_version_and_are_refused_where_torch_refuses() -> None:
+    scale, zero_point = torch.full((6, 2), 0.5), torch.zeros((6, 2), dtype=torch.int32)
+
+    def quantize_in_place(x: Tensor) -> Tensor:
+        return functional.fake_quantize(x, scale, zero_point, -4, 3, 1, group_size=4, inplace=True)
+
+    x = torch.randn(6, 8)
+    version = x._version
+    assert quantize_in_place(x) is x
+    assert x._version > version
+    leaf = torch.randn(6, 8, requires_grad=True)
+    kept = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="a leaf that requires grad"):
+        quantize_in_place(leaf)
+    assert torch.equal(leaf, kept)
+    with pytest.raises(RuntimeError, match="expanded"):
+        quantize_in_place(torch.randn(1, 8).expand(6, 8))
+    saved = torch.randn(6, 8, requires_grad=True)
+    h = saved.exp()
+    out = h * 2
+    quantize_in_place(h)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out + h).sum().backward()
+    with pytest.raises(RuntimeError, match="`scale` to be a constant"):
+        functional.fake_quantize(x, scale.clone().requires_grad_(), zero_point, -4, 3, 1, group_size=4)

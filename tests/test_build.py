@@ -211,7 +211,7 @@ def test_toolkit_is_found_through_nvcc(
     )
 
     torch_home = Path(torch.__file__).parent
-    text = setup_script.ninja_file(setup_script.Torch("2.13.0", torch_home), cuda, {}, tmp_path / "build" / "_C.so")
+    text = setup_script.ninja_file(setup_script.Torch("2.13.0", torch_home), cuda, {}, tmp_path / "build")
     rules = dict(re.findall(r"rule (\w+)\n  command = (.*)\n", text))
     assert "--fmad=false" in rules["cuda"]
     assert str(torch_home) not in rules["cuda"] + rules["cpu"]

@@ -57,9 +57,30 @@ def test_import_without_the_library_names_cause_and_command(tmp_path: Path, cont
     shutil.copytree(Path(quantkernels.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if contents is not None:
         (package / "_C.so").write_bytes(contents)
-    result = run_python("-c", "import quantkernels", cwd=tmp_path)
+    result = run_python("-c", "import quantkernels.functional", cwd=tmp_path)
     assert result.returncode == 1
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError: quantkernels: the compiled library cannot be loaded")
     assert cause in result.stderr
     assert "pip install --no-build-isolation ." in message
+
+
+@pytest.mark.parametrize("name", ["functional.fake_quantize", "NaiveQuantizer", "recipes"])
+def test_torch_is_imported_and_the_operators_registered_on_first_use(name: str) -> None:
+    result = run_python(
+        "-c",
+        "import sys, quantkernels\n"
+        "assert 'torch' not in sys.modules\n"
+        f"quantkernels.{name}\n"
+        "import torch\n"
+        "torch.ops.quantkernels.fake_quantize.default\n",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_star_import_brings_all_public_names() -> None:
+    names: dict[str, object] = {}
+    exec("from quantkernels import *", names)
+    assert set(quantkernels.__all__) <= names.keys() & set(dir(quantkernels))
+    with pytest.raises(AttributeError, match="module 'quantkernels' has no attribute 'QATquantizer'"):
+        quantkernels.QATquantizer  # noqa: B018

@@ -408,7 +408,7 @@ QAT_ERRORS: list[tuple[Any, type[Exception], str]] = [
     (
         [weight(op_types="default", quant_axis=1)],
         ValueError,
-        "['quant_axis']: expected it to go with a per-channel 'quant_scheme' of 'weight'",
+        "['quant_axis']: expected it to go with a per-channel or per-group 'quant_scheme' of 'weight'",
     ),
     (
         [weight(op_types="default", quant_axis="1", quant_scheme="per_channel_affine")],

@@ -31,14 +31,20 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_dorefa_weight_shows_what_is_not_finite,
     test_fake_quantize_current,
     test_fake_quantize_current_layouts,
+    test_fake_quantize_current_per_group,
     test_fake_quantize_every_half,
     test_fake_quantize_in_range,
     test_fake_quantize_layouts,
+    test_fake_quantize_learned,
+    test_fake_quantize_learned_known_answers,
+    test_fake_quantize_learned_per_group,
+    test_fake_quantize_learned_saturates_infinities_and_shows_nan,
     test_fake_quantize_next_to_ties,
     test_fake_quantize_per_channel,
     test_fake_quantize_per_channel_next_to_the_ends_of_the_grid,
     test_fake_quantize_per_channel_with_a_scale_out_of_range,
     test_fake_quantize_per_channel_with_mixed_modes,
+    test_fake_quantize_per_group,
     test_fake_quantize_random_scales_next_to_ties,
     test_fake_quantize_sizes,
     test_gradient_in_another_layout_than_the_input,
@@ -115,6 +121,10 @@ def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.Mon
         (lambda x: functional.fake_quantize_in_range(x, active, 0, 15), masked),
         (lambda x: functional.observe_fake_quantize(x, active, pending, 0, 15), masked),
         (lambda x: functional.fake_quantize_current(x, 0, 15), ["current_range", *masked]),
+        (
+            lambda x: functional.fake_quantize_learned(x, scale, quant_min=0, quant_max=15),
+            ["fake_quantize", "fake_quantize_learned_backward"],
+        ),
         (lambda x: functional.min_max(x)[0], ["min_max"]),
         (lambda x: functional.dorefa_weight(x, 4), ["dorefa_weight", "dorefa_weight_backward"]),
         (lambda x: functional.dorefa_weight(x, 1), ["dorefa_weight"]),
@@ -170,7 +180,9 @@ def test_results_do_not_depend_on_the_grid(kernels: ModuleType) -> None:
     results = []
     for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
         kernels.configure(order, 1, blocks, 2, blocks)
-        outputs = []
+        scale = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+        y = functional.fake_quantize_learned(weight[:-1].view(3, -1), scale, quant_min=-8, quant_max=7, axis=0)
+        outputs = [*torch.autograd.grad(y, scale, weight[:-1].view(3, -1).cos())]
         for bits in (1, 4):
             leaf = weight.clone().requires_grad_()
             y = functional.dorefa_weight(leaf, bits)

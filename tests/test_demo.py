@@ -26,6 +26,8 @@ def test_every_quantizer_reaches_its_accuracy() -> None:
     results = demo.measure(epochs=10, seeds=3, advance=lambda: None)
     accuracy = {result.name: statistics.fmean(result.accuracy) for result in results}
     assert accuracy["QAT, 8-bit weights and outputs"] >= accuracy["float"] - 0.01
+    assert accuracy["LSQ W2A2"] >= accuracy.pop("QAT W2A2") + 0.02
+    assert accuracy["LSQ W4A4"] >= accuracy["float"] - 0.01
     assert accuracy.pop("DoReFa W1A2") > 0.85
     assert min(accuracy.values()) > 0.90, accuracy
 

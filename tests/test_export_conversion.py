@@ -12,9 +12,10 @@ import models
 import networks
 import pytest
 import torch
+from configurations import lsq
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, recipes
+from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, recipes
 
 LOADER = """
 import sys, torch
@@ -63,6 +64,12 @@ def configurations() -> dict[str, Callable[[nn.Module], Quantizer]]:
         entry = {"quant_types": ["weight"], "quant_bits": bits, "quant_dtype": dtype, "quant_scheme": scheme}
         return lambda model: QAT_Quantizer(model, [{**entry, "op_types": ["Conv2d", "Linear"]}])
 
+    def grouped(dtype: str, scheme: str, group_size: int) -> Callable[[nn.Module], Quantizer]:
+        entry = {"quant_types": ["weight"], "quant_bits": 4, "quant_dtype": dtype, "quant_scheme": scheme}
+        return lambda model: QAT_Quantizer(
+            model, [{**entry, "group_size": group_size, "op_types": ["Conv2d", "Linear"]}]
+        )
+
     def dorefa(bits: int) -> Callable[[nn.Module], Quantizer]:
         entries = [{"q_bits": {"weight": bits, "gradient": 8}, "op_types": ["Conv2d"]}]
         return lambda model: DoReFaQuantizer(
@@ -73,6 +80,20 @@ def configurations() -> dict[str, Callable[[nn.Module], Quantizer]]:
         "uint per tensor": qat("uint", "per_tensor_affine", 8),
         "uint per channel, 3 bits": qat("uint", "per_channel_affine", 3),
         "int per tensor, 12 bits": qat("int", "per_tensor_symmetric", 12),
+        "uint per group": grouped("uint", "per_group_affine", 3),
+        "int per group, 4 bits": grouped("int", "per_group_symmetric", 5),
+        "per token": lambda model: QAT_Quantizer(
+            model,
+            [{"quant_types": ["input"], "quant_bits": 8, "quant_scheme": "per_token_affine", "op_types": ["Linear"]}],
+        ),
+        "lsq": lsq,
+        "lsq per group": lambda model: LsqQuantizer(
+            model,
+            [
+                {"quant_types": ["weight"], "quant_bits": 3, "quant_dtype": "uint", "op_types": ["Conv2d", "Linear"]}
+                | {"quant_scheme": "per_group_affine", "group_size": 5}
+            ],
+        ),
         "naive": NaiveQuantizer,
         "dorefa, 1 bit": dorefa(1),
         "dorefa, 4 bits": dorefa(4),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional
+from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional
 from quantkernels.export import IntegerModel, VerificationError, integer_model, verify
 from quantkernels.export import onnx as export_onnx
 from quantkernels.export.verification import run
@@ -437,3 +437,62 @@ def test_batch_norm_in_one_operator_and_folded_weights_are_exported(scheme: str,
     torch.testing.assert_close(actual, model(x).detach(), rtol=0, atol=0.02 * float(actual.abs().max()))
     torch.testing.assert_close(quantizer.convert()(x), model(x).detach(), rtol=0, atol=0.02 * float(actual.abs().max()))
     assert torch.equal(model(x), before), "an export leaves the model as it was"
+
+
+def learned(model: nn.Module) -> Quantizer:
+    layers = {
+        "quant_types": ["weight", "input"],
+        "quant_bits": {"weight": 8, "input": 8},
+        "op_types": ["Conv2d", "Linear"],
+    }
+    outputs = {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU", "ReLU6"]}
+    scheme = {"quant_scheme": {"weight": "per_channel_symmetric"}}
+    quantizer = LsqQuantizer(model, [{**layers, **scheme}, outputs])
+    quantizer.compress()
+    for _ in range(3):
+        model.train()(torch.rand(32, 1, 8, 8)).sum().backward()
+    model.eval()
+    return quantizer
+
+
+def test_learned_scales_are_exported_as_they_are() -> None:
+    quantizer = learned(net())
+    found = integer_model(quantizer, torch.rand(32, 1, 8, 8))
+    verify(quantizer, found)
+    initializers = {value.name: value for value in onnx.load_from_string(found.serialized()).graph.initializer}
+    (scale, _) = quantizer.model[8].weight_quantizer.qparams()
+    assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(initializers["8.weight.scale"]).copy()), scale)
+    config = quantizer.export_model("/dev/null")
+    assert config["0"]["input_scale"] == quantizer.model[0].input_quantizer[0].qparams()[0].item()
+    again = learned(net())
+    again.model.load_state_dict(quantizer.model.state_dict())
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.mul_(1.5)
+    x = torch.rand(5, 1, 8, 8)
+    assert not torch.equal(again.model(x), quantizer.model(x))
+    again.load_calibration_config(config)
+    with torch.no_grad():
+        for mine, theirs in zip(again.quantizer_modules(), quantizer.quantizer_modules(), strict=True):
+            if not mine.dynamic:
+                assert torch.equal(mine.qparams()[0], theirs.qparams()[0])
+
+
+@pytest.mark.parametrize("scheme", ["per_group_affine", "per_group_symmetric"])
+def test_weights_in_groups_are_int4_by_block_size(scheme: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    entry = {"quant_types": ["weight"], "quant_bits": 4, "quant_dtype": "int", "quant_scheme": scheme}
+    quantizer = QAT_Quantizer(model, [{**entry, "group_size": 16, "op_types": ["Linear"]}])
+    quantizer.compress()
+    model.eval()
+    found = integer_model(quantizer, torch.rand(8, 64))
+    graph = onnx.load_from_string(found.serialized()).graph
+    blocks = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert len(blocks) == 2
+    for node in blocks:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        assert attributes["block_size"] == 16
+    kinds = {value.name: value.data_type for value in graph.initializer}
+    assert kinds["0.weight.quantized"] == onnx.TensorProto.INT4
+    verify(quantizer, found)

@@ -117,14 +117,60 @@ def test_fake_quantize_per_channel_next_to_the_ends_of_the_grid(bits: int) -> No
                 assert_matches_reference("fake_quantize", x, scales, zero_points, 0, 2**bits - 1, 1, bounds=bounds)
 
 
+SCALES_OUT_OF_RANGE = (0.0, -0.0, -0.1, -1e-40, -math.inf, math.nan, math.inf, 1e-40)
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e-40])
-def test_fake_quantize_per_channel_with_a_scale_out_of_range(scale: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bounds", [None, (0.0, 6.0)])
+@pytest.mark.parametrize("scale", SCALES_OUT_OF_RANGE)
+def test_fake_quantize_per_channel_with_a_scale_out_of_range(scale: float, bounds: Any, dtype: torch.dtype) -> None:
     x = cases.sample((40, 24), dtype)
     zero_point = torch.full((24,), 3, dtype=torch.int32)
     for scales in (torch.full((24,), scale), torch.tensor([0.1, scale, 0.2] * 8)):
-        assert_matches_reference("fake_quantize", x, scales, zero_point, 0, 255, 1)
-        assert_matches_reference("fake_quantize", x.T.contiguous(), scales, zero_point, 0, 255, 0)
+        assert_matches_reference("fake_quantize", x, scales, zero_point, 0, 255, 1, bounds=bounds)
+        assert_matches_reference("fake_quantize", x.T.contiguous(), scales, zero_point, 0, 255, 0, bounds=bounds)
+    one, point = torch.tensor([scale]), torch.tensor([-3], dtype=torch.int32)
+    assert_matches_reference("fake_quantize", x, one, point, -8, 7, bounds=bounds)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("inner", [32, 48, 256, 272])
+@pytest.mark.parametrize("grid", [(-8, 7), (0, 65535)], ids=str)
+def test_fake_quantize_short_runs(grid: tuple[int, int], inner: int, dtype: torch.dtype) -> None:
+    """Runs of whole vectors of one channel, up to and beyond the length that is called short, next to their ties."""
+    generator = torch.Generator().manual_seed(inner)
+    scale = torch.exp2(torch.randn(37, generator=generator) * 8)
+    extreme = torch.where(torch.arange(37) % 5 == 0, 2.0**-120, scale)
+    zero_point = torch.randint(grid[0], min(grid[1], 255) + 1, (37,), generator=generator, dtype=torch.int32)
+    ends = [[grid[0] - z, grid[1] - z] for z in zero_point.tolist()]
+    for scales in (scale, extreme):
+        rows = [
+            torch.cat([cases.near_ties(float(s), range(e - 1, e + 1), dtype) for e in end])
+            for s, end in zip(scales, ends, strict=True)
+        ]
+        x = torch.cat([cases.sample((3, 37, inner - 20), dtype), torch.stack(rows).expand(3, 37, 20)], 2)
+        for bounds in (None, (0.0, 6.0)):
+            assert_matches_reference("fake_quantize", x, scales, zero_point, *grid, 1, bounds=bounds)
+
+
+@pytest.mark.parametrize("scale", SCALES_OUT_OF_RANGE)
+def test_fake_quantize_short_runs_with_a_scale_out_of_range(scale: float) -> None:
+    scales = torch.tensor([scale if channel % 3 else 0.1 for channel in range(24)])
+    zero_point = torch.full((24,), 3, dtype=torch.int32)
+    for bounds in (None, (0.0, 6.0)):
+        x = cases.sample((24, 64), torch.float32)
+        assert_matches_reference("fake_quantize", x, scales, zero_point, 0, 255, 0, bounds=bounds)
+
+
+def test_fake_quantize_short_runs_in_ranges_that_have_seen_nothing() -> None:
+    known = torch.stack((torch.full((70,), -1.0), torch.full((70,), 2.0)))
+    known[:, 40] = 0.0
+    known[:, 41] = math.nan
+    x = cases.sample((70, 32), torch.float32)
+    for bounds in (None, (0.0, 6.0)):
+        kwargs: dict[str, Any] = {"axis": 0, "bounds": bounds}
+        for actual, expected in zip(*run_observed("fake_quantize_in_range", x, known, **kwargs), strict=True):
+            assert_same_bits(actual, expected)
 
 
 def test_fake_quantize_per_channel_with_mixed_modes() -> None:
@@ -459,6 +505,154 @@ def test_fake_quantize_current_layouts(layout: cases.Layout) -> None:
     assert_same_bits(x, before)
 
 
+# Shapes, an axis and a group size: whole groups and ragged ones, the axis innermost in memory or not, one per token.
+GROUPED = (
+    ((6, 64), 1, 32),
+    ((5, 96), -1, 16),
+    ((5, 70), 1, 32),
+    ((3, 130), -1, 64),
+    ((64, 6), 0, 32),
+    ((7, 37, 5), 1, 8),
+    ((4, 40, 3, 3), 1, 16),
+    ((9, 100), -1, 1000),
+    ((2, 5, 48), -1, 48),
+    ((33,), 0, 7),
+    ((4, 0), 1, 4),
+)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize(("shape", "axis", "group_size"), GROUPED, ids=str)
+def test_fake_quantize_per_group(shape: tuple[int, ...], axis: int, group_size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = list(shape)
+    sizes[axis] = -(-sizes[axis] // group_size)
+    scale = torch.rand(sizes, generator=generator) + 0.05
+    zero_point = torch.randint(-8, 8, sizes, generator=generator, dtype=torch.int32)
+    for memory_format in cases.channels_last_variants(shape):
+        x = cases.sample(shape, dtype).contiguous(memory_format=memory_format)
+        for bounds in (None, (0.0, 6.0)):
+            kwargs: dict[str, Any] = {"group_size": group_size, "bounds": bounds}
+            assert_matches_reference("fake_quantize", x, scale, zero_point, -8, 7, axis, **kwargs)
+        y = functional.fake_quantize(x, scale, zero_point, -8, 7, axis, group_size=group_size)
+        assert y.is_contiguous(memory_format=memory_format)
+        assert functional.fake_quantize(x, scale, zero_point, -8, 7, axis, group_size=group_size, inplace=True) is x
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("shape", "axis", "group_size"), GROUPED, ids=str)
+def test_fake_quantize_current_per_group(
+    shape: tuple[int, ...], axis: int, group_size: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    for memory_format in cases.channels_last_variants(shape):
+        x = cases.sample(shape, dtype).contiguous(memory_format=memory_format)
+        for values in (x, x.nan_to_num(0.5, 2.0, -2.0), x.abs() + 1):
+            kwargs: dict[str, Any] = {"symmetric": symmetric, "axis": axis, "group_size": group_size}
+            assert_matches_reference("fake_quantize_current", values, -7, 7, **kwargs)
+            assert_matches_reference("fake_quantize_current", values, -7, 7, active=torch.zeros(2), **kwargs)
+
+
+def learned_gradients(
+    module: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, gradient: Tensor, **kwargs: Any
+) -> list[Tensor]:
+    """Output and the gradients of input, scale and zero point."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, scale)]
+    zero_points = [] if zero_point is None else [zero_point.clone().requires_grad_()]
+    y = module.fake_quantize_learned(*leaves, *zero_points, **kwargs)
+    return [y.detach(), *torch.autograd.grad(y, [*leaves, *zero_points], gradient.to(y.dtype))]
+
+
+def assert_learned(x: Tensor, scale: Tensor, zero_point: Tensor | None, tolerance: float, **kwargs: Any) -> None:
+    """Gradients within `tolerance` of a sum of the terms' magnitudes, as the eager reference in float64 has them.
+
+    A term is a float's product with an exact difference or a level; it and the sums are float64. What float32 adds are
+    the rounding of the quotient, half a unit in the last place of at most 256 beside a rint(v) - v, and of the result.
+    """
+    gradient = cases.sample(tuple(x.shape), x.dtype, seed=7).nan_to_num(1.0, 2.0, 3.0).clamp(-100, 100)
+    actual = learned_gradients(functional, x, scale, zero_point, gradient, **kwargs)
+    wide = learned_gradients(reference, x.double(), scale, zero_point, gradient, **kwargs)
+    assert_same_bits(actual[0], reference.fake_quantize_learned(x, scale, zero_point, **kwargs))
+    torch.testing.assert_close(actual[1].double(), wide[1], rtol=tolerance, atol=0)
+    for a, e, parameter in zip(actual[2:], wide[2:], (scale, zero_point), strict=False):
+        assert parameter is not None
+        assert a.dtype == parameter.dtype
+        assert a.shape == parameter.shape
+        bound = 100 * max(abs(kwargs["quant_min"]), kwargs["quant_max"]) * (x.numel() / max(a.numel(), 1)) ** 0.5
+        cancelled = 1e-14 if x.dtype == torch.float64 else tolerance
+        torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=cancelled * bound)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("learns_zero_point", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [*cases.CHANNEL_SHAPES, ((1,), None), ((70_001,), None), ((3, 40_000), 0), ((5000, 3), 1), ((0, 3), 1)],
+    ids=str,
+)
+def test_fake_quantize_learned(
+    shape: tuple[int, ...], axis: int | None, learns_zero_point: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(11)
+    sizes = (1,) if axis is None else (shape[axis],)
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = (torch.rand(sizes, generator=generator) + 0.1).to(parameters)
+    zero_point = torch.rand(sizes, generator=generator).to(parameters) * 8 - 4 if learns_zero_point else None
+    tolerance = 1e-12 if dtype == torch.float64 else max(2.0**-20, torch.finfo(dtype).eps if dtype.itemsize == 2 else 0)
+    for memory_format in cases.channels_last_variants(shape):
+        x = (
+            cases.sample(shape, dtype)
+            .nan_to_num(0.5, 2.0, -2.0)
+            .clamp(-100, 100)
+            .contiguous(memory_format=memory_format)
+        )
+        assert_learned(x, scale, zero_point, tolerance, quant_min=-8, quant_max=7, axis=axis)
+
+
+@pytest.mark.parametrize(("shape", "axis", "group_size"), GROUPED, ids=str)
+def test_fake_quantize_learned_per_group(shape: tuple[int, ...], axis: int, group_size: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = list(shape)
+    sizes[axis] = -(-sizes[axis] // group_size)
+    scale = torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.05
+    zero_point = torch.rand(sizes, generator=generator, dtype=torch.float64) * 6
+    x = cases.sample(shape, torch.float64).nan_to_num(0.5, 2.0, -2.0).clamp(-100, 100)
+    for zero in (None, zero_point):
+        assert_learned(x, scale, zero, 1e-12, quant_min=0, quant_max=15, axis=axis, group_size=group_size)
+
+
+def test_fake_quantize_learned_known_answers() -> None:
+    x = torch.tensor([-3.0, -0.7, 0.2, 0.8, 9.0], requires_grad=True)
+    scale = torch.tensor([0.5], requires_grad=True)
+    zero_point = torch.tensor([0.8], requires_grad=True)
+    y = functional.fake_quantize_learned(x, scale, zero_point, quant_min=-4, quant_max=3)
+    assert y.tolist() == [-2.5, -0.5, 0.0, 1.0, 1.0]
+    y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert x.grad is not None
+    assert scale.grad is not None
+    assert zero_point.grad is not None
+    g = (5 * 3) ** -0.5
+    assert x.grad.tolist() == [0.0, 2.0, 3.0, 4.0, 0.0]
+    terms = 1 * -5 + 2 * (-1 + 1.4) + 3 * (0 - 0.4) + 4 * (2 - 1.6) + 5 * 2
+    assert scale.grad.item() == pytest.approx(g * terms, rel=1e-6)
+    assert zero_point.grad.item() == pytest.approx(g * -0.5 * (1 + 5), rel=1e-6)
+
+
+def test_fake_quantize_learned_saturates_infinities_and_shows_nan() -> None:
+    x = torch.tensor([math.inf, -math.inf, 1.0], requires_grad=True)
+    scale = torch.tensor([0.5], requires_grad=True)
+    functional.fake_quantize_learned(x, scale, quant_min=-4, quant_max=3).sum().backward()
+    assert x.grad is not None
+    assert scale.grad is not None
+    assert x.grad.tolist() == [0.0, 0.0, 1.0]
+    assert scale.grad.item() == pytest.approx((3 * 3) ** -0.5 * (3 - 4 + 0))
+    scale.grad = None
+    functional.fake_quantize_learned(torch.tensor([math.nan, 1.0]), scale, quant_min=-4, quant_max=3).sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.isnan().all()
+
+
 def test_steps_of_many_quantizers() -> None:
     """Delay, the first fold, the average, what is dropped: known answers, per tensor and per channel."""
     ranges = [torch.zeros(2), torch.tensor([[-1.0, 0.0, -2.0], [1.0, 0.0, 2.0]]), torch.tensor([-1.0, 1.0])]
@@ -734,6 +928,12 @@ def test_results_do_not_depend_on_threads() -> None:
             outputs += [functional.dorefa_weight(leaf, k) for k in (1, 4)] + [functional.dorefa_activation(leaf, 4)]
             outputs.append(functional.dorefa_gradient(leaf, torch.tensor([1, 2]), 4))
             outputs.append(functional.fake_quantize_current(leaf, -127, 127))
+            for axis, shape in ((None, (300_001,)), (0, (3, 100_000)), (1, (6000, 50)), (1, (60, 100, 50))):
+                part = leaf[: math.prod(shape)].view(shape)
+                scale = torch.full((1 if axis is None else shape[axis],), 0.05, requires_grad=True)
+                learned = functional.fake_quantize_learned(part, scale, quant_min=-8, quant_max=7, axis=axis)
+                results_of_scale = torch.autograd.grad(learned, scale, w[: math.prod(shape)].view(shape))
+                outputs += [learned.detach(), *results_of_scale]
             pending = empty_pending(None)
             outputs += [functional.observe_fake_quantize(leaf, torch.tensor([-1.0, 1.0]), pending, 0, 255), pending]
             sum((o * w).sum() for o in outputs if o.requires_grad).backward()

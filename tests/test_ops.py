@@ -85,6 +85,11 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8)),
         *(torch.ones(7), torch.zeros(7), torch.ones(7), False),
     ),
+    "fake_quantize_learned_backward": lambda: (torch.randn(5, 7), torch.randn(5, 7), *scale_of(), -8, 7, None),
+    "fake_quantize_learned_backward per channel": lambda: (
+        *(torch.randn(5, 7).double(), torch.randn(7, 5).double().t(), *scale_of(7)),
+        *(-8, 7, 1),
+    ),
     "straight_through": lambda: (torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8), 0),
     "straight_through depthwise": lambda: (
         torch.empty_strided((8, 1, 3, 3), (9, 1, 3, 1)).fill_(1.0),
@@ -209,6 +214,9 @@ ERRORS: list[tuple[str, int, Callable[[], Any], str, str]] = [
     ),
     ("batch_norm_fake_quantize_backward", 2, lambda: torch.zeros(4).byte(), "`mask` to be of shape [5]", "[4]"),
     ("batch_norm_fake_quantize_backward", 4, lambda: torch.zeros(6), "`mean` to be of shape [7]", "[6]"),
+    ("fake_quantize_learned_backward", 0, lambda: torch.ones(5, 6), "`grad_output` to be of shape [5, 7]", "[5, 6]"),
+    ("fake_quantize_learned_backward", 0, lambda: torch.ones(5, 7).half(), "`grad_output` to be float32", "float16"),
+    ("fake_quantize_learned_backward", 2, lambda: torch.ones(2), "`scale` to be of shape [1]", "[2]"),
     ("straight_through", 1, lambda: torch.zeros(4, dtype=torch.uint8), "`mask` to be of shape [5]", "[4]"),
     ("straight_through", 1, lambda: torch.zeros(5), "`mask` to be uint8", "float32"),
     ("straight_through", 2, lambda: 1, f"`memory_format` to be {FORMATS}", "1 with 2 dimensions"),
@@ -275,6 +283,30 @@ def test_numbers_are_checked(kwargs: dict[str, Any], kind: type[Exception], expe
     with pytest.raises(kind) as error:
         functional.fake_quantize(torch.ones(3), **arguments)
     assert str(error.value) == f"fake_quantize: expected {expected}, but got {actual}"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind", "expected", "actual"),
+    [
+        ("current", {"group_size": 4}, ValueError, "`axis` to be the dimension that has groups", "None"),
+        ("current", {"group_size": 0, "axis": 1}, ValueError, "`group_size` to be an int, 1 or more", "0"),
+        ("current", {"group_size": 2.0, "axis": 1}, TypeError, "`group_size` to be an int, 1 or more", "2.0"),
+        ("current", {"group_size": 4, "axis": 2}, ValueError, "`axis` to be an axis of `input` with 2 dimensions", "2"),
+        ("learned", {"group_size": 4, "axis": 1}, RuntimeError, "`scale` to be of shape [3, 2]", "[1]"),
+        ("learned", {"quant_max": 0}, ValueError, "`quant_max` to be at least 1", "0"),
+        ("learned", {"zero_point": torch.zeros(1).int()}, RuntimeError, "`zero_point` to be floating", "int32"),
+        ("learned", {"zero_point": torch.zeros(2)}, RuntimeError, "`zero_point` to be of shape [1]", "[2]"),
+    ],
+)
+def test_misuse_of_groups_and_learned_scales(
+    name: str, arguments: dict[str, Any], kind: type[Exception], expected: str, actual: str
+) -> None:
+    required: dict[str, Any] = {"quant_min": -8, "quant_max": 7}
+    if name == "learned":
+        required["scale"] = torch.ones(1)
+    with pytest.raises(kind) as error:
+        getattr(functional, f"fake_quantize_{name}")(torch.ones(3, 7), **{**required, **arguments})
+    assert str(error.value) == f"fake_quantize_{name}: expected {expected}, but got {actual}"
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,12 @@ struct AffineTable {
   // [pages, kConstants, kSlots] of the compute type, on cache lines; [kConstants] for a single channel.
   void* constants;
   uint8_t* modes;  // [slots]: AffineMode
-  int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel
+  int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel, 0 for short runs
 
+  // Runs of a channel so short, and of whole vectors, that their constants are computed where they are needed.
+  static bool has_short_runs(const ChannelView& view) {
+    return view.channels > 1 && view.inner % kLanes == 0 && view.inner <= 16 * kLanes;
+  }
   static bool has_entry_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
   static int64_t pages(int64_t slots) { return (slots + kSlots - 1) / kSlots; }
   static int64_t slot(int64_t entry) { return entry / kEntries * kSlots + entry % kEntries; }
@@ -69,6 +73,16 @@ struct DoReFaWeightSums {
   double largest_elements;  // how many share the maximum
 };
 
+// Sums over elements of a channel of the gradient times the factors of numerics/learned.h.
+struct LearnedSums {
+  double scale, outside;
+};
+// A box of the view, and its channels' sums to add to, from `channel_begin` on.
+struct LearnedPart {
+  int64_t outer_begin, outer_end, channel_begin, channel_end, inner_begin, inner_end;
+  LearnedSums* sums;
+};
+
 // What dorefa_gradient needs besides its job: max|g| of consecutive samples in the compute type, from `first_sample`
 // on, and where the gradients end that its thread quantizes.
 struct GradientPart {
@@ -95,6 +109,7 @@ struct Kernels {
   void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, const ObservedExtrema* observed, int64_t begin,
                         int64_t end);
   void (*straight_through)(const StraightThroughJob&, Store, int64_t begin, int64_t end);
+  void (*learned_gradient)(const LearnedGradientJob&, const LearnedPart&);
   void (*extrema)(const ExtremaPart&);
   // max|x|, or NaN, of each of `runs` runs of `length` elements, in the compute type of `dtype`.
   void (*largest_magnitudes)(DType, const void* input, int64_t runs, int64_t length, void* largest);

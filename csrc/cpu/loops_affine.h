@@ -183,12 +183,13 @@ class ChannelsOfEntries {
   int64_t channels_, repeats_, channel_, repeat_;
 };
 
+inline bool has_activation(const AffineJob& job) { return job.low > -INFINITY || job.high < INFINITY; }
+
 // Whether reciprocals become kUnbounded: where loading constants or arithmetic bounds a loop. That over float32 of one
 // channel gains 5 % in a cache and loses as much beyond.
 inline bool unbounded_is_faster(const AffineJob& job) {
   const bool half = job.dtype == DType::kFloat16 || job.dtype == DType::kBFloat16;
-  const bool has_activation = job.low > -INFINITY || job.high < INFINITY;
-  return !has_activation && (half || AffineTable::has_entry_per_element(job.view));
+  return !has_activation(job) && (half || AffineTable::has_entry_per_element(job.view));
 }
 
 // The constants of kLanes slots, which belong to these channels.
@@ -211,7 +212,7 @@ QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes],
   AffineConstants<V> constants = make_constants(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
   constexpr LaneBits kAll = static_cast<LaneBits>(-1);
   const LaneBits reciprocal =
-      kHasFusedMultiplyAdd<T> ? reciprocal_divides<S>(scales, level_min, level_max) : LaneBits{0};
+      kHasFusedMultiplyAdd<T> ? reciprocal_divides<S>(absolute(scales), level_min, level_max) : LaneBits{0};
   AffineMode mode = AffineMode::kReciprocal;
   if (reciprocal == kAll && unbounded_is_faster(job)) {
     clamp_to_passing(constants);
@@ -462,6 +463,12 @@ class ColumnExtrema {
   std::vector<T> min_, max_;
 };
 
+QK_NAMESPACE_END
+
+#include "loops_groups.h"
+
+QK_NAMESPACE_BEGIN
+
 template <Store store, class S>
 void quantize_narrow(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
   // A channel that passes through is rare: only then are segments, shorter than a vector, taken one by one.
@@ -478,6 +485,7 @@ void quantize_narrow(const AffineJob& job, const AffineTable& table, int64_t beg
 template <Store store, class S>
 void fake_quantize_typed(const AffineJob& job, const AffineTable& table, const ObservedExtrema* observed, int64_t begin,
                          int64_t end) {
+  if (table.slots == 0) return quantize_groups<store, S>(job, begin, end);
   if (!AffineTable::has_entry_per_element(job.view)) {
     if (observed == nullptr) return SegmentWalk<store, false, S>(job, table, observed, begin, end).run();
     return SegmentWalk<store, true, S>(job, table, observed, begin, end).run();

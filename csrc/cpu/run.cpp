@@ -101,8 +101,9 @@ int64_t element_size(DType dtype) {
 class JobConstants {
  public:
   JobConstants(const Kernels& kernels, const AffineJob& job, ParallelFor parallel_for) {
-    const int64_t slots = AffineTable::slots_for(job.view);
-    if (slots == 1) {
+    const bool has_table = job.pending != nullptr || !AffineTable::has_short_runs(job.view);
+    const int64_t slots = has_table ? AffineTable::slots_for(job.view) : 0;
+    if (slots <= 1) {
       table_ = {single_, &single_mode_, slots};
     } else {
       const int64_t constants = AffineTable::pages(slots) * AffineTable::kConstants * AffineTable::kSlots;
@@ -220,8 +221,12 @@ void store_range(const RangeJob& job, ParallelFor parallel_for) {
   }
   const ChannelExtrema<T> extrema = reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for);
   for (int64_t c = 0; c < channels; ++c) {
-    job.range[c] = static_cast<float>(extrema.min[static_cast<size_t>(c)]);
-    job.range[channels + c] = static_cast<float>(extrema.max[static_cast<size_t>(c)]);
+    const float min = static_cast<float>(extrema.min[static_cast<size_t>(c)]);
+    const float max = static_cast<float>(extrema.max[static_cast<size_t>(c)]);
+    // Zeros alone would pass through, which takes loops that are slower for all channels; every grid gives zeros.
+    const bool zeros = extrema.min[static_cast<size_t>(c)] == T(0) && extrema.max[static_cast<size_t>(c)] == T(0);
+    job.range[c] = min;
+    job.range[channels + c] = zeros ? 1.0f : max;
   }
 }
 
@@ -327,6 +332,50 @@ void quantize(const AffineJob& job, ParallelFor parallel_for) {
   });
 }
 
+// How the sums of a view's channels are made of parts, which no number of threads shows in. Per tensor, of parts of
+// kSumPart elements; else of parts of rows, which are cut into channels for the threads' sake alone.
+struct LearnedParts {
+  int64_t inner, rows, channels;  // of a part
+
+  explicit LearnedParts(const ChannelView& view) : inner(kSumPart), rows(1), channels(1) {
+    if (view.channels == 1 && view.outer == 1) return;
+    constexpr int64_t kFewestRows = 64;  // so that there are few sums
+    inner = std::max<int64_t>(view.inner, 1);
+    rows = std::max(kSumPart / std::max<int64_t>(view.channels * inner, 1) + 1, std::min(view.outer, kFewestRows));
+    channels = std::max<int64_t>(kSumPart / (rows * inner), 1);
+  }
+};
+
+template <class T>
+void learn(const LearnedGradientJob& job, ParallelFor parallel_for) {
+  const ChannelView& view = job.view;
+  const LearnedParts part(view);
+  const auto count = [](int64_t length, int64_t of_part) { return (length + of_part - 1) / of_part; };
+  const int64_t inner_parts = count(view.inner, part.inner), channel_parts = count(view.channels, part.channels);
+  const int64_t sums_parts = count(view.outer, part.rows) * inner_parts;  // one of the two factors is 1
+  std::vector<LearnedSums> sums(static_cast<size_t>(sums_parts * view.channels));
+  const Kernels& kernels = active_kernels();
+  const int64_t elements = part.rows * part.channels * part.inner;
+  parallel(parallel_for, sums_parts * channel_parts, kArithmeticGrain / elements + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t s = i / channel_parts, c = i % channel_parts * part.channels;
+      const int64_t o = s / inner_parts * part.rows, at = s % inner_parts * part.inner;
+      kernels.learned_gradient(
+          job, {o, std::min(o + part.rows, view.outer), c, std::min(c + part.channels, view.channels), at,
+                std::min(at + part.inner, view.inner), &sums[static_cast<size_t>(s * view.channels + c)]});
+    }
+  });
+  for (int64_t c = 0; c < view.channels; ++c) {
+    LearnedSums total{};
+    for (int64_t s = 0; s < sums_parts; ++s) {
+      const LearnedSums& of_part = sums[static_cast<size_t>(s * view.channels + c)];
+      total = {total.scale + of_part.scale, total.outside + of_part.outside};
+    }
+    static_cast<T*>(job.grad_scale)[c] = static_cast<T>(total.scale);
+    static_cast<T*>(job.grad_zero_point)[c] = static_cast<T>(-static_cast<double>(job.scale[c]) * total.outside);
+  }
+}
+
 template <class T>
 void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
@@ -386,6 +435,11 @@ void run(const EndStepJob& job, ParallelFor) {
     for (int64_t c = 0; c < q->channels; ++c) end_step(*q, c);
   }
   ++*job.step;
+}
+
+void run(const LearnedGradientJob& job, ParallelFor parallel_for) {
+  if (job.dtype == DType::kFloat64) return learn<double>(job, parallel_for);
+  return learn<float>(job, parallel_for);
 }
 
 void run(const StraightThroughJob& job, ParallelFor parallel_for) {

@@ -23,6 +23,7 @@ void run(const AffineJob& job, ParallelFor parallel_for);
 void run(const RangeJob& job, ParallelFor parallel_for);
 void run(const BeginStepJob& job, ParallelFor parallel_for);
 void run(const EndStepJob& job, ParallelFor parallel_for);
+void run(const LearnedGradientJob& job, ParallelFor parallel_for);
 void run(const StraightThroughJob& job, ParallelFor parallel_for);
 void run(const ExtremaJob& job, ParallelFor parallel_for);
 void run(const DoReFaWeightJob& job, ParallelFor parallel_for);

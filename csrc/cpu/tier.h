@@ -6,6 +6,7 @@
 #include "loops_dorefa.h"
 #include "loops_extrema.h"
 #include "loops_gradient.h"
+#include "loops_learned.h"
 
 QK_NAMESPACE_BEGIN
 
@@ -14,6 +15,7 @@ constexpr cpu::Kernels make_kernels(const char* name) {
           &affine_table,
           &fake_quantize,
           &straight_through,
+          &learned_gradient,
           &extrema,
           &largest_magnitudes,
           &tanh_of,

@@ -17,9 +17,16 @@ constexpr int kSharedChannels = kBlockThreads;
 template <class S, bool kAligned>
 constexpr int kTensorChunk = kAligned && sizeof(S) == 4 ? kPackElements<S> : kChunkElements<S, kAligned>;
 
-// No grid of float64 divides (numerics/affine.h).
-template <class T>
-constexpr bool kMayDivide = std::is_same_v<T, float>;
+// A grid of float64 divides only where its given scale is zero or not finite, and there a product tells the quotient.
+template <AffineMode mode, class S, class T = Compute<S>>
+__device__ __forceinline__ T quantize_element(T x, const AffineConstants<T>& c) {
+  if constexpr (mode == AffineMode::kDivide && std::is_same_v<T, double>) {
+    const T quotient = clamp(x, c.clamp_low, c.clamp_high) * c.inverse_high;
+    return multiply_unsigned_zero(clamp(quotient, T(-kBeyondGrids), T(kBeyondGrids)), c.scale);
+  } else {
+    return fake_quantize_element<mode, S>(x, c);
+  }
+}
 
 // Widens `seen` by what the thread reads, if it observes. As float32, which pending extrema are: rounding is monotonic.
 template <AffineMode mode, bool kObserves, class S, bool kAligned>
@@ -32,10 +39,14 @@ __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t num
         input, static_cast<S*>(job.output), job.mask, first, numel, seen_anyway, [&](Compute<S> x, bool& passes) {
           if constexpr (kObserves) seen.combine(static_cast<float>(x), static_cast<float>(x));
           passes = gradient_passes(x, constants);
-          return fake_quantize_element<mode, S>(x, constants);
+          return quantize_element<mode, S>(x, constants);
         });
   });
 }
+
+// An observed range has a positive scale.
+template <class T, bool kObserves>
+constexpr bool kMayDivide = std::is_same_v<T, float> || !kObserves;
 
 // The whole tensor on one grid.
 template <bool kObserves, class S, bool kAligned>
@@ -44,7 +55,7 @@ __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, 
   Extrema<float> seen = Extrema<float>::empty();
   if (grid.mode == AffineMode::kPassThrough) {
     quantize_packs<AffineMode::kPassThrough, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  } else if (kMayDivide<Compute<S>> && grid.mode == AffineMode::kDivide) {
+  } else if (kMayDivide<Compute<S>, kObserves> && grid.mode == AffineMode::kDivide) {
     quantize_packs<AffineMode::kDivide, kObserves, S, kAligned>(job, numel, grid.constants, seen);
   } else {
     quantize_packs<AffineMode::kReciprocal, kObserves, S, kAligned>(job, numel, grid.constants, seen);
@@ -55,12 +66,12 @@ __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, 
 template <class S, class T = Compute<S>>
 __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
   if (grid.mode == AffineMode::kPassThrough) {
-    return fake_quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
+    return quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
   }
-  if (kMayDivide<T> && grid.mode == AffineMode::kDivide) {
-    return fake_quantize_element<AffineMode::kDivide, S>(x, grid.constants);
+  if (grid.mode == AffineMode::kDivide) {
+    return quantize_element<AffineMode::kDivide, S>(x, grid.constants);
   }
-  return fake_quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
+  return quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
 }
 
 // Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.

@@ -18,6 +18,7 @@
 namespace qk::cuda {
 
 cudaError_t run(const AffineJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const LearnedGradientJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const StraightThroughJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const ExtremaJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const RangeJob& job, void* workspace, cudaStream_t stream);
@@ -29,6 +30,7 @@ cudaError_t run(const DoReFaActivationJob& job, void* workspace, cudaStream_t st
 cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stream);
 
 size_t workspace_bytes(const AffineJob& job);
+size_t workspace_bytes(const LearnedGradientJob& job);
 size_t workspace_bytes(const StraightThroughJob& job);
 size_t workspace_bytes(const ExtremaJob& job);
 size_t workspace_bytes(const RangeJob& job);

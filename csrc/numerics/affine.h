@@ -6,25 +6,14 @@
 //     mask = low < x < high and quant_min <= q <= quant_max
 // behind an optional clamp-type activation x = clamp(x, low, high). Because rint(x / scale) is monotonic in x, both the
 // saturation and the mask are decided by comparing x itself with constants computed once per (scale, zero_point):
-//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the quotient
-//     (the rounded product is within 2^-24 of the grid's end, far from the next tie), and two clamps compose to one;
+//   * clamping x to [quant_min - zero_point, quant_max - zero_point] * scale before the division saturates the
+//   quotient,
+//     and two clamps compose to one;
 //   * the mask is an open interval whose ends are found by stepping through the floats next to the outermost ties.
 //
-// The division by `scale` is a multiplication by the unevaluated sum inverse_high + inverse_low of two floats, two
-// instructions instead of the divider:  x / scale = fma(x, inverse_high, x * inverse_low).
-// With 24-bit significands the error before the last rounding is below 2^-48 (x/2 + 1) for x, scale in [1, 2). A
-// quotient that is not a midpoint between two floats is at least 2^-47 / scale (x >= scale) or 2^-48 / scale (x <
-// scale) away from one. The first case is proved by these bounds alone; in the second only the least distance is open,
-// which for each midpoint M (25 bits) is met by the significands S = +-1/M mod 2^25 alone. Next to the ties k + 1/2,
-// k <= 2^11, no such S is a normalised significand (tests/test_numerics.py enumerates them), so rint of the quotient is
-// exact for grids within +-2^11 of the zero point, up to the first x past their ends; wider grids and extreme scales
-// divide.
-//
-// For float64 no case is open, whatever the grid and the scale. The scale is a widened float32, so a tie times the
-// scale is exact in float64, and an x other than that is at least a unit in the last place away. Divided by a
-// significand of at most 2 - 2^-23 that is more than half a unit in the last place of the tie, by 2^-25 of a unit where
-// the error before the last rounding is 2^-53: neither the division nor the two multiplications round onto the tie or
-// past it.
+// Where that is proved to give the same rint, the division by `scale` is a multiplication by the unevaluated sum
+// inverse_high + inverse_low of two floats, two instructions instead of the divider:
+// x / scale = fma(x, inverse_high, x * inverse_low). Proof and limits: docs/exact-division.md.
 #pragma once
 
 #include "half.h"
@@ -34,6 +23,7 @@ QK_NAMESPACE_BEGIN
 constexpr float kSmallestScale = 0x1p-126f;
 constexpr float kLargestScale = 0x1.fffffep127f;
 constexpr int kReciprocalGridLimit = 1 << 11;
+constexpr float kBeyondGrids = 1 << 17;
 
 // Range to (scale, zero_point): contract, section 2. Every operation rounds to float32.
 struct QuantizationParameters {
@@ -60,6 +50,11 @@ QK_INLINE QuantizationParameters choose_parameters(float range_min, float range_
   const float scale = raw < kSmallestScale ? kSmallestScale : raw > kLargestScale ? kLargestScale : raw;
   const float zero_point = static_cast<float>(quant_min) - round_even(low / scale);
   return {scale, static_cast<int32_t>(clamp(zero_point, static_cast<float>(quant_min), static_cast<float>(quant_max)))};
+}
+
+// A zero point outside the grid becomes the grid's end.
+QK_INLINE int32_t inside_grid(int32_t zero_point, int32_t quant_min, int32_t quant_max) {
+  return zero_point < quant_min ? quant_min : zero_point > quant_max ? quant_max : zero_point;
 }
 
 struct Range {
@@ -119,22 +114,26 @@ QK_INLINE V first_above(V level, V scale) {
   return least;
 }
 
-// In float64 the product is exact (above): the tie itself where the level is odd, else the next float. 3/4 of 2^-52 of
-// a number is between half a unit and one and a half units in its last place.
+// In float64 the product is exact (docs/exact-division.md): the tie itself where the level is odd, else the next float.
+// 3/4 of 2^-52 of a number is between half a unit and one and a half units in its last place.
 QK_INLINE double first_above(double level, double scale) {
   const double tie = (level + 0.5) * scale;
   return round_even(level + 0.5) > level ? tie : tie + tie * 0x1.8p-53;
 }
 
-// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point.
+// `level_min` <= 0 and `level_max` >= 0 are the grid's ends counted from the zero point. A given scale may be anything:
+// a negative one is its magnitude on the mirrored grid, and with zero every quotient but 0 / 0 is beyond the grid.
 template <class V>
-QK_INLINE AffineConstants<V> make_constants(V scale, V level_min, V level_max, V low, V high) {
-  const V zero = constant_like(scale, 0.0f);
-  const V one = constant_like(scale, 1.0f);
-  const V grid_low = level_min * scale;
-  const V grid_high = level_max * scale;
-  const V above = first_above(level_max, scale);
-  const V below = zero - first_above(zero - level_min, scale);
+QK_INLINE AffineConstants<V> make_constants(V given_scale, V given_level_min, V given_level_max, V low, V high) {
+  const V zero = constant_like(given_scale, 0.0f);
+  const V one = constant_like(given_scale, 1.0f);
+  const V scale = absolute(given_scale);
+  const V level_min = select_less(given_scale, zero, zero - given_level_max, given_level_min);
+  const V level_max = select_less(given_scale, zero, zero - given_level_min, given_level_max);
+  const V grid_low = select_less(zero, scale, level_min * scale, low);
+  const V grid_high = select_less(zero, scale, level_max * scale, high);
+  const V above = select_less(zero, scale, first_above(level_max, scale), zero);
+  const V below = zero - select_less(zero, scale, first_above(zero - level_min, scale), zero);
   AffineConstants<V> c;
   c.scale = scale;
   c.inverse_high = one / scale;
@@ -185,11 +184,12 @@ QK_INLINE auto reciprocal_divides(V scale, V level_min, V level_max) {
 
 // Computed in T, float or double (float64 tensors widen the scale), for tensors of storage type S.
 template <class S, class T = typename ComputeType<S>::type>
-QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max, T low,
-                                    T high) {
+QK_INLINE AffineGrid<T> make_affine(float scale, int32_t zero_point, int32_t quant_min, int32_t quant_max,
+                                    typename ComputeType<S>::type low, typename ComputeType<S>::type high) {
   const int64_t level_min = int64_t{quant_min} - zero_point;
   const int64_t level_max = int64_t{quant_max} - zero_point;
-  const bool reciprocal = reciprocal_divides<S>(scale, static_cast<float>(level_min), static_cast<float>(level_max));
+  const bool reciprocal =
+      reciprocal_divides<S>(absolute(scale), static_cast<float>(level_min), static_cast<float>(level_max));
   return {make_constants(T(scale), T(level_min), T(level_max), low, high),
           reciprocal ? AffineMode::kReciprocal : AffineMode::kDivide};
 }
@@ -201,7 +201,10 @@ QK_INLINE V fake_quantize_element(V x, const AffineConstants<V>& c) {
   if constexpr (mode == AffineMode::kPassThrough) {
     return inside;
   } else if constexpr (mode == AffineMode::kDivide) {
-    const V y = multiply_unsigned_zero(round_even(inside / c.scale), c.scale);
+    // Only a quotient by zero is clamped here, so that its product with zero is zero.
+    const V level =
+        clamp(round_even(inside / c.scale), constant_like(x, -kBeyondGrids), constant_like(x, kBeyondGrids));
+    const V y = multiply_unsigned_zero(level, c.scale);
     if constexpr (sizeof(S) == sizeof(double)) return y;
     return clamp(y, constant_like(y, -kLargest<S>), constant_like(y, kLargest<S>));
   } else {

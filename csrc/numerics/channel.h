@@ -16,7 +16,6 @@ QK_INLINE bool passes_through(const AffineJob& job, int64_t channel) {
   return job.range != nullptr && !has_grid(range_of(job.range, job.view.channels, channel));
 }
 
-// A zero point outside the grid becomes the grid's end.
 QK_INLINE QuantizationParameters channel_parameters(const AffineJob& job, int64_t channel) {
   if (job.range != nullptr) {
     const Range range = range_of(job.range, job.view.channels, channel);
@@ -24,7 +23,7 @@ QK_INLINE QuantizationParameters channel_parameters(const AffineJob& job, int64_
   }
   const float scale = job.scale != nullptr ? job.scale[channel] : job.scale_number;
   const int32_t zero_point = job.zero_point != nullptr ? job.zero_point[channel] : job.zero_point_number;
-  return {scale, zero_point < job.quant_min ? job.quant_min : zero_point > job.quant_max ? job.quant_max : zero_point};
+  return {scale, inside_grid(zero_point, job.quant_min, job.quant_max)};
 }
 
 template <class S, class T = typename ComputeType<S>::type>

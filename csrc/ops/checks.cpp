@@ -12,11 +12,6 @@ std::string device_text(const Tensor& tensor) {
   return cpu ? "cpu" : "cuda:" + std::to_string(tensor.device_index());
 }
 
-void check_zero_point(const char* op, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
-  if (zero_point >= quant_min && zero_point <= quant_max) return;
-  fail(op, "zero_point", "from quant_min = ", quant_min, " to quant_max = ", quant_max, ", but got ", zero_point);
-}
-
 }  // namespace
 
 std::string dtype_name(int32_t dtype) {
@@ -86,34 +81,11 @@ void check_range(const char* op, const char* argument, const Tensor& range, int6
   }
 }
 
-void check_grid(const char* op, int64_t quant_min, int64_t quant_max) {
-  constexpr int64_t kSmallest = -(1 << 15);
-  constexpr int64_t kLargest = (1 << 16) - 1;
-  if (quant_min < kSmallest || quant_min > 0) {
-    fail(op, "quant_min", "from ", kSmallest, " to 0, but got ", quant_min);
-  }
-  if (quant_max <= quant_min || quant_max > kLargest) {
-    fail(op, "quant_max", "from quant_min + 1 to ", kLargest, ", but got ", quant_max);
-  }
-}
-
-void check_symmetric_grid(const char* op, int64_t quant_min, int64_t quant_max) {
-  const int64_t smallest = quant_min < 0 ? 1 : 2;
-  if (quant_max < smallest) fail(op, "quant_max", "at least ", smallest, " when symmetric, but got ", quant_max);
-}
-
-void check_bounds(const char* op, double low, double high) {
-  if (!(low < high)) fail(op, "low", "less than high = ", high, ", but got ", low);
-}
-
 void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
   if (!(scale > 0.0 && scale < INFINITY)) fail(op, "scale", "a positive finite number or a tensor, but got ", scale);
-  check_zero_point(op, zero_point, quant_min, quant_max);
-}
-
-void check_zero_points(const char* op, const int32_t* zero_points, int64_t count, int64_t quant_min,
-                       int64_t quant_max) {
-  for (int64_t i = 0; i < count; ++i) check_zero_point(op, zero_points[i], quant_min, quant_max);
+  if (zero_point < quant_min || zero_point > quant_max) {
+    fail(op, "zero_point", "from quant_min = ", quant_min, " to quant_max = ", quant_max, ", but got ", zero_point);
+  }
 }
 
 void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {

@@ -1,24 +1,15 @@
-// Owns the checks in front of every operator. Messages read "op: expected `argument` to be X, but got Y" and are the
-// same in the fake implementations (quantkernels/_ops.py). Order: device, dtype, shape, value.
+// Owns the checks of tensors in front of every operator, those of values being in ../checks.h. Messages are the same in
+// the fake implementations (quantkernels/_ops.py). Order: device, dtype, shape, value.
 #pragma once
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 
+#include "../checks.h"
 #include "../jobs.h"
 #include "tensor.h"
 
 namespace qk::ops {
-
-template <class... Args>
-[[noreturn]] void fail(const char* op, const char* argument, const Args&... rest) {
-  std::ostringstream message;
-  message << op << ": expected `" << argument << "` to be ";
-  (message << ... << rest);
-  throw std::runtime_error(message.str());
-}
 
 std::string dtype_name(int32_t dtype);
 std::string shape_text(const Tensor& tensor);
@@ -33,10 +24,6 @@ void check_per_channel(const char* op, const char* argument, const Tensor& tenso
 void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max);
 // [2] (or [2, 1]) per tensor, [2, size of the axis] per channel; float32.
 void check_range(const char* op, const char* argument, const Tensor& range, int64_t channels);
-void check_grid(const char* op, int64_t quant_min, int64_t quant_max);
-void check_symmetric_grid(const char* op, int64_t quant_min, int64_t quant_max);
-void check_bounds(const char* op, double low, double high);
-void check_zero_points(const char* op, const int32_t* zero_points, int64_t count, int64_t quant_min, int64_t quant_max);
 void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like);
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor);
 

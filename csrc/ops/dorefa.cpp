@@ -8,11 +8,6 @@
 namespace qk::ops {
 namespace {
 
-int32_t check_bits(const char* op, int64_t bits) {
-  if (bits < 1 || bits > 16) fail(op, "bits", "from 1 to 16, but got ", bits);
-  return static_cast<int32_t>(bits);
-}
-
 int32_t statistic_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }

@@ -1,5 +1,5 @@
 // Owns the operators of affine fake quantization: fake_quantize, fake_quantize_in_range, fake_quantize_current,
-// observe_fake_quantize, straight_through, min_max.
+// observe_fake_quantize, fake_quantize_learned_backward, straight_through, min_max.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -69,9 +69,14 @@ Tensor mask_alone(Prepared p, const Tensor& input) {
   return std::move(p.mask);
 }
 
-template <class Backend>
-Prepared quantize_given(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                        const Quantization& q, Axis axis, bool in_place) {
+// What the checks of an operator with a scale and a zero point find out; the axis is counted from 0.
+struct Given {
+  DType dtype;
+  Axis axis;
+};
+
+Given check_given(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+                  const Quantization& q, Axis axis) {
   check_same_device(op, "scale", scale, input);
   check_same_device(op, "zero_point", zero_point, input);
   const DType dtype = check_floating(op, "input", input);
@@ -82,13 +87,20 @@ Prepared quantize_given(const char* op, const Tensor& input, const Tensor& scale
   check_per_channel(op, "scale", scale, channels);
   check_per_channel(op, "zero_point", zero_point, channels);
   check_quantization(op, q);
+  return {dtype, axis};
+}
+
+template <class Backend>
+Prepared quantize_given(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+                        const Quantization& q, Axis axis, bool in_place) {
+  const Given given = check_given(op, input, scale, zero_point, q, axis);
   const Dense dense_scale(scale, Layout::kContiguous);
   const Dense dense_zero_point(zero_point, Layout::kContiguous);
   if (Backend::kReadsOnHost) {
-    check_zero_points(op, pointer<int32_t>(*dense_zero_point), channels, q.quant_min, q.quant_max);
+    check_zero_points(op, pointer<int32_t>(*dense_zero_point), zero_point.numel(), q.quant_min, q.quant_max);
   }
   Prepared p = prepare(input, in_place);
-  AffineJob job = affine_job(p, dtype, q, axis);
+  AffineJob job = affine_job(p, given.dtype, q, given.axis);
   job.scale = pointer<float>(*dense_scale);
   job.zero_point = pointer<int32_t>(*dense_zero_point);
   Backend::run(job, input);
@@ -239,6 +251,39 @@ std::tuple<Tensor, Tensor> fake_quantize_current(const Tensor& input, const std:
 }
 
 template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad_output, const Tensor& input,
+                                                                  const Tensor& scale, const Tensor& zero_point,
+                                                                  int64_t quant_min, int64_t quant_max, Axis axis) {
+  constexpr const char* kOp = "fake_quantize_learned_backward";
+  check_same_device(kOp, "grad_output", grad_output, input);
+  const Quantization q(quant_min, quant_max, false, {}, {});
+  const Given given = check_given(kOp, input, scale, zero_point, q, axis);
+  check_dtype(kOp, "grad_output", grad_output, input.dtype());
+  check_same_shape(kOp, "grad_output", grad_output, input);
+  const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
+  const Dense gradient(grad_output, layout), source(input, layout);
+  const Dense dense_scale(scale, Layout::kContiguous), dense_zero_point(zero_point, Layout::kContiguous);
+  Tensor grad_input = empty_in_layout(input, layout);
+  const int32_t sums_dtype = given.dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  LearnedGradientJob job{};
+  job.dtype = given.dtype;
+  job.grad_output = gradient->const_data_ptr();
+  job.input = source->const_data_ptr();
+  job.grad_input = grad_input.mutable_data_ptr();
+  job.view = view_around(*source, layout, given.axis);
+  Tensor grad_scale = empty_vector(input, job.view.channels, sums_dtype);
+  Tensor grad_zero_point = empty_vector(input, job.view.channels, sums_dtype);
+  job.scale = pointer<float>(*dense_scale);
+  job.zero_point = pointer<int32_t>(*dense_zero_point);
+  job.quant_min = static_cast<int32_t>(quant_min);
+  job.quant_max = static_cast<int32_t>(quant_max);
+  job.grad_scale = grad_scale.mutable_data_ptr();
+  job.grad_zero_point = grad_zero_point.mutable_data_ptr();
+  Backend::run(job, input);
+  return {std::move(grad_input), std::move(grad_scale), std::move(grad_zero_point)};
+}
+
+template <class Backend>
 Tensor straight_through(const Tensor& grad_output, const Tensor& mask, int64_t memory_format) {
   constexpr const char* kOp = "straight_through";
   check_same_device(kOp, "mask", mask, grad_output);
@@ -300,6 +345,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize_current", Boxed<&fake_quantize_current<Backend>>::call);
   m.impl("observe_fake_quantize", Boxed<&observe_fake_quantize<Backend>>::call);
   m.impl("observe_fake_quantize_", Boxed<&observe_fake_quantize_<Backend>>::call);
+  m.impl("fake_quantize_learned_backward", Boxed<&fake_quantize_learned_backward<Backend>>::call);
   m.impl("straight_through", Boxed<&straight_through<Backend>>::call);
   m.impl("min_max", Boxed<&min_max<Backend>>::call);
 }

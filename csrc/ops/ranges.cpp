@@ -63,8 +63,7 @@ void end_step(const Tensors& ranges, const Tensors& pending, const std::vector<d
   check_step(kOp, step);
   check_length(kOp, "momenta", " numbers", momenta.size(), ranges);
   for (size_t i = 0; i < momenta.size(); ++i) {
-    if (momenta[i] > 0.0 && momenta[i] <= 1.0) continue;
-    fail(kOp, ("momenta[" + std::to_string(i) + ']').c_str(), "greater than 0 and at most 1, but got ", momenta[i]);
+    check_momentum(kOp, ("momenta[" + std::to_string(i) + ']').c_str(), momenta[i]);
   }
   std::vector<EndStep> steps;
   for (size_t i = 0; i < ranges.size(); ++i) {

@@ -18,6 +18,7 @@ from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.files import write_atomically
 from quantkernels.export.grids import named_quantizers, numbers, weight_of
 from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.learned import LearnedFakeQuantize
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import Quantizer
@@ -26,8 +27,9 @@ CalibrationConfig = dict[str, dict[str, Any]]
 """By layer: 'weight_bits', 'weight_scale', 'weight_zero_point'; 'input_bits', 'tracked_min_input', 'tracked_max_input';
 'output_bits', 'tracked_min_output', 'tracked_max_output'; those that apply.
 
-A per-channel scale is a list. Of a layer with several inputs the ranges are lists. A MultiheadAttention has the names
-of its weights in place of 'weight': 'in_proj_weight_scale'.
+A per-channel scale is a list, one of groups a list of lists. Learned scales of inputs and outputs are there as
+'input_scale', 'input_zero_point', and the tracked range is what their grid covers. Of a layer with several inputs the
+ranges are lists. A MultiheadAttention has the names of its weights in place of 'weight': 'in_proj_weight_scale'.
 """
 
 
@@ -50,12 +52,16 @@ def calibration_config(quantizer: Quantizer) -> CalibrationConfig:
         if named.quant_type == "gradient":
             continue
         entry[f"{named.quant_type}_bits"] = named.layer.entry.bits[named.quant_type]
+        found: list[Any] = []
         if isinstance(module, FakeQuantize) and not module.dynamic:
-            for key, values in zip(_range_keys(named.quant_type), module.observed_range, strict=True):
-                entry.setdefault(key, []).append(numbers(values))
+            found = list(zip(_range_keys(named.quant_type), module.observed_range, strict=True))
+        elif isinstance(module, LearnedFakeQuantize):
+            found = list(zip(_learned_keys(named.quant_type), _learned(module), strict=True))
+        for key, values in found:
+            entry.setdefault(key, []).append(numbers(values))
     for entry in config.values():
         for key, value in entry.items():
-            if key.startswith("tracked_") and len(value) == 1:
+            if key in _OF_INPUTS_AND_OUTPUTS and len(value) == 1:
                 entry[key] = value[0]
     return config
 
@@ -80,6 +86,7 @@ def load_calibration_config(quantizer: Quantizer, config: Mapping[str, Any] | st
         raise TypeError(f"load_calibration_config: expected `config` to be a dict, but got {config!r}")
     _check_layers(quantizer, config)
     ranges: list[tuple[FakeQuantize, Tensor]] = []
+    learned: list[tuple[LearnedFakeQuantize, list[Tensor]]] = []
     positions: dict[tuple[str, str], int] = {}
     for named in named_quantizers(quantizer):
         kind, layer = named.quant_type, named.layer
@@ -90,15 +97,25 @@ def load_calibration_config(quantizer: Quantizer, config: Mapping[str, Any] | st
                 f"load_calibration_config: layer {layer.name!r}: expected {key!r} to be {bits}, but got "
                 f"{config[layer.name].get(key)!r}"
             )
-        if kind in ("input", "output") and isinstance(named.module, FakeQuantize):
+        observes = isinstance(named.module, FakeQuantize | LearnedFakeQuantize) and not named.module.dynamic
+        if kind in ("input", "output") and observes:
             position = positions[layer.name, kind] = positions.get((layer.name, kind), -1) + 1
             several = sum(hasattr(module, "enabled") for module in layer.quantizers[kind].modules()) > 1
+            names = _range_keys(kind) if isinstance(named.module, FakeQuantize) else _learned_keys(kind)[2:]
             ends = [
                 _range_end(layer.name, name, config[layer.name].get(name), position if several else None)
-                for name in _range_keys(kind)
+                for name in names
             ]
-            ranges.append((named.module, _checked_range(layer.name, kind, ends, named.module)))
+            if isinstance(named.module, FakeQuantize):
+                ranges.append((named.module, _checked_range(layer.name, kind, ends, named.module)))
+            elif isinstance(named.module, LearnedFakeQuantize):
+                learned.append((named.module, _checked_scale(layer.name, names, ends, named.module)))
     with torch.no_grad():
+        for quantizing, (scale, zero_point) in learned:
+            quantizing.scale.copy_(scale)
+            if quantizing.zero_point is not None:
+                quantizing.zero_point.copy_(zero_point)
+            quantizing.has_range = bool(scale.any())
         for module, observed_range in ranges:
             module.observed_range.copy_(observed_range)
             module.has_range = True
@@ -133,6 +150,40 @@ def _weight_entry(layer: str, parameter: str, module: nn.Module, quantizer: nn.M
         return {}
     grid, _ = found
     return {f"{parameter}_scale": numbers(grid.scale), f"{parameter}_zero_point": numbers(grid.zero_point)}
+
+
+_OF_INPUTS_AND_OUTPUTS = frozenset(
+    f"{what}_{kind}" for kind in ("input", "output") for what in ("tracked_min", "tracked_max")
+) | {f"{kind}_{what}" for kind in ("input", "output") for what in ("scale", "zero_point")}
+
+
+def _learned_keys(quant_type: str) -> tuple[str, ...]:
+    return (*_range_keys(quant_type), f"{quant_type}_scale", f"{quant_type}_zero_point")
+
+
+def _learned(module: LearnedFakeQuantize) -> tuple[float, ...]:
+    """What the grid covers, the scale and the zero point; zeros where nothing has been seen."""
+    if not module.knows_scale():
+        return 0.0, 0.0, 0.0, 0
+    scale, zero_point = module.qparams()
+    ends = scale * (module.quant_min - zero_point), scale * (module.quant_max - zero_point)
+    return float(ends[0]), float(ends[1]), float(scale), int(zero_point)
+
+
+def _checked_scale(
+    layer: str, names: tuple[str, ...], values: list[Tensor], module: LearnedFakeQuantize
+) -> list[Tensor]:
+    scale, zero_point = values
+    op = f"load_calibration_config: layer {layer!r}: expected"
+    for name, value in zip(names, values, strict=True):
+        if value.dim() != 0:
+            raise ValueError(f"{op} {name!r} to be a number, but got {numbers(value)}")
+    if not (bool(scale.isfinite()) and float(scale) >= 0):
+        raise ValueError(f"{op} {names[0]!r} to be finite and not negative, but got {float(scale)}")
+    if float(scale) > 0 and not module.quant_min <= float(zero_point) <= module.quant_max:
+        grid = f"{module.quant_min}..{module.quant_max}"
+        raise ValueError(f"{op} {names[1]!r} to be in {grid}, but got {float(zero_point):g}")
+    return values
 
 
 def _range_keys(quant_type: str) -> tuple[str, str]:

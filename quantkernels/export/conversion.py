@@ -8,6 +8,7 @@ installed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from quantkernels import functional
 from quantkernels.export.deployed import deployed_copy
 from quantkernels.export.grids import Activation, Grid, NamedQuantizer, activation_of, named_quantizers, weight_of
 from quantkernels.nn.dorefa import DoReFaActivation, DoReFaGradient, DoReFaWeight
+from quantkernels.nn.fake_quantize import FakeQuantize
 from quantkernels.quantizers import model as model_
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ class Dequantize(nn.Module):
         dtype: of the values.
 
     Attributes:
-        scale, zero_point: float32 and int32, shaped so that they broadcast against the integers.
+        scale, zero_point: float32 and int32, shaped so that they broadcast against the integers, or one for each group.
     """
 
     scale: Tensor
@@ -65,15 +68,24 @@ class Dequantize(nn.Module):
         shape = [1] * dims
         if grid.axis is not None:
             shape[grid.axis] = -1
-        self.register_buffer("scale", grid.scale.reshape(shape if grid.axis is not None else ()).clone())
+        self.groups = None if grid.group_size is None or grid.axis is None else (grid.group_size, grid.axis)
+        shape = list(grid.scale.shape) if self.groups is not None or grid.axis is None else shape
+        self.register_buffer("scale", grid.scale.reshape(shape).clone())
         self.register_buffer("zero_point", grid.zero_point.reshape(self.scale.shape).clone())
         self.dtype = dtype
 
     def forward(self, integers: Tensor) -> Tensor:
         """Returns (integers - zero_point) * scale in the dtype."""
         wide = _wide(self.dtype)
-        steps = (integers.to(torch.int32) - self.zero_point).to(wide)
-        return _narrowed(steps * self.scale.to(wide), self.dtype)
+        scale, zero_point = (self._along(parameter, integers) for parameter in (self.scale, self.zero_point))
+        steps = (integers.to(torch.int32) - zero_point).to(wide)
+        return _narrowed(steps * scale.to(wide), self.dtype)
+
+    def _along(self, parameter: Tensor, integers: Tensor) -> Tensor:
+        if self.groups is None:
+            return parameter
+        group_size, axis = self.groups
+        return parameter.repeat_interleave(group_size, axis).narrow(axis, 0, integers.shape[axis])
 
 
 class DequantizeDoReFa(nn.Module):
@@ -115,6 +127,24 @@ class QuantizeDequantize(nn.Module):
         scale, zero_point = self.scale.to(x.dtype), self.zero_point.to(x.dtype)
         q = (torch.round(x / scale) + zero_point).clamp(self.quant_min, self.quant_max)
         return _narrowed((q - zero_point) * scale, input.dtype)
+
+
+class QuantizeDequantizeTokens(nn.Module):
+    """A grid for each token, by its own range."""
+
+    def __init__(self, quant_min: int, quant_max: int, symmetric: bool) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max, self.symmetric = quant_min, quant_max, symmetric
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the quantized `input`; a token of zeros, or one that is not finite, as it is."""
+        x = input.to(_wide(input.dtype))
+        low, high = (end(x, -1, keepdim=True).float() for end in (torch.amin, torch.amax))
+        known = low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))
+        scale, zero_point = functional.qparams(low, high, self.quant_min, self.quant_max, self.symmetric)
+        scale, zero_point = scale.to(x.dtype), zero_point.to(x.dtype)
+        q = (torch.round(x / scale) + zero_point).clamp(self.quant_min, self.quant_max)
+        return torch.where(known, _narrowed((q - zero_point) * scale, input.dtype), input)
 
 
 class QuantizeDequantizeDoReFa(nn.Module):
@@ -163,8 +193,11 @@ def _narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _activation(module: nn.Module) -> nn.Module:
     if isinstance(module, DoReFaGradient):
         return nn.Identity()
+    if isinstance(module, FakeQuantize) and module.per_token and module.enabled:
+        return QuantizeDequantizeTokens(module.quant_min, module.quant_max, module.symmetric)
     activation: Activation = activation_of(module)
-    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     if activation.grid is None:
         return nn.Identity() if activation.bounds is None else Clamp(activation.bounds)
     if isinstance(module, DoReFaActivation):

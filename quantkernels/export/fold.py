@@ -25,6 +25,8 @@ class IntegerWeight:
         grid = self.grid
         if grid.axis is not None:
             grid = replace(grid, axis=axes.index(grid.axis % self.levels.dim()))
+        if grid.group_size is not None:
+            grid = replace(grid, scale=grid.scale.permute(*axes), zero_point=grid.zero_point.permute(*axes))
         return replace(self, grid=grid, levels=self.levels.permute(*axes).contiguous())
 
     def scaled(self, factor: Tensor, axis: int) -> IntegerWeight | None:
@@ -35,6 +37,8 @@ class IntegerWeight:
         int32 bias no room.
         """
         grid, levels = self.grid, self.levels
+        if grid.group_size is not None:
+            return None
         if grid.scale.numel() > 1 and grid.axis is not None and grid.axis % levels.dim() != axis:
             return None
         shape = [1] * levels.dim()

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels._groups import Groups
 from quantkernels.nn.dorefa import OFF, DoReFaActivation, DoReFaGradient, DoReFaWeight
 from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.learned import LearnedFakeQuantize
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import QuantizedLayer, Quantizer
@@ -23,11 +25,12 @@ class Grid:
     """An affine integer grid.
 
     Attributes:
-        scale: float32, [] or [channels].
+        scale: float32, [] or [channels]; with `group_size` of the tensor's shape, with groups in place of elements.
         zero_point: int32, of the shape of `scale`.
         quant_min: the lowest integer.
         quant_max: the highest.
-        axis: the channel axis, or None for one scale for the whole tensor.
+        axis: the channel axis, or the one that has groups; None for one scale for the whole tensor.
+        group_size: how many elements along `axis` share a scale; None for one.
     """
 
     scale: Tensor
@@ -35,6 +38,7 @@ class Grid:
     quant_min: int
     quant_max: int
     axis: int | None = None
+    group_size: int | None = None
 
     def quantize(self, tensor: Tensor) -> Tensor:
         """The integers of `tensor`, int32; what lies outside the grid saturates."""
@@ -65,6 +69,8 @@ class Grid:
     def _along(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         if self.axis is None:
             return parameter.reshape(())
+        if self.group_size is not None:
+            return parameter.repeat_interleave(self.group_size, self.axis).narrow(self.axis, 0, tensor.shape[self.axis])
         shape = [1] * tensor.dim()
         shape[self.axis] = -1
         return parameter.reshape(shape)
@@ -114,6 +120,9 @@ def activation_of(module: nn.Module) -> Activation:
     if isinstance(module, FakeQuantize) and not module.dynamic:
         grid = _grid_in_range(module, module.observed_range) if module.enabled else None
         return Activation(grid, module.bounds)
+    if isinstance(module, LearnedFakeQuantize) and not module.dynamic:
+        grid = _learned_grid(module) if module.enabled and module.knows_scale() else None
+        return Activation(grid, module.bounds)
     if isinstance(module, DoReFaActivation):
         if module.bits == OFF or not module.enabled:
             return Activation(None, module.bounds if module.bits != OFF else None)
@@ -121,6 +130,10 @@ def activation_of(module: nn.Module) -> Activation:
         return Activation(_grid(1 / levels, 0, 0, levels))
     if isinstance(module, DoReFaGradient):
         return Activation(None)
+    if isinstance(module, FakeQuantize) and module.per_token:
+        if not module.enabled:
+            return Activation(None)
+        raise ValueError("expected a fixed grid, but got one of each token's own range, which only convert() takes")
     raise TypeError(f"expected a quantizer with a fixed grid, but got {type(module).__name__}")
 
 
@@ -138,10 +151,13 @@ def weight_of(module: nn.Module, weight: Tensor) -> tuple[Grid, Tensor] | None:
     if not getattr(module, "enabled", True):
         return None
     if isinstance(module, FakeQuantize) and module.dynamic:
-        grid = _grid_in_range(module, torch.stack(functional.min_max(weight.float(), module.axis)))
+        grid = _grid_in_range(module, _ranges(module, weight.float()))
         if grid is None:  # all zero: any grid holds it
             grid = _grid(1.0, max(module.quant_min, 0), module.quant_min, module.quant_max)
         return grid, grid.quantize(weight)
+    if isinstance(module, LearnedFakeQuantize):
+        grid = _learned_grid(module)
+        return grid, grid.quantize(weight.cpu())
     if isinstance(module, DoReFaWeight):
         if module.bits == OFF:
             return None
@@ -179,7 +195,23 @@ def _grid_in_range(module: FakeQuantize, observed_range: Tensor) -> Grid | None:
     scale = torch.where(unseen, 1.0, scale)
     if module.axis is None:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    return Grid(scale, zero_point, module.quant_min, module.quant_max, module.axis)
+    return Grid(scale, zero_point, module.quant_min, module.quant_max, module.axis, module.group_size)
+
+
+def _ranges(module: FakeQuantize, weight: Tensor) -> Tensor:
+    """The least and the greatest of all that shares a grid: [2, 1], [2, channels] or [2, ...] of the groups' shape."""
+    if module.group_size is None:
+        return torch.stack(functional.min_max(weight, module.axis))
+    groups = Groups.of("export", weight, module.axis, module.group_size)
+    ends = functional.min_max(groups.rows(weight), 0)
+    return torch.stack([groups.in_place_of_elements(end, weight) for end in ends])
+
+
+def _learned_grid(module: LearnedFakeQuantize) -> Grid:
+    scale, zero_point = (parameter.cpu() for parameter in module.qparams())
+    if module.axis is None:
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return Grid(scale, zero_point, module.quant_min, module.quant_max, module.axis, module.group_size)
 
 
 def numbers(values: Tensor | Any) -> Any:

@@ -184,6 +184,7 @@ class Placement:
     def _dequantized_weight(self, weight: IntegerWeight, before: ir.Node, in_integers: bool = False) -> ir.Value:
         """The weight, for a layer that an engine may compute `in_integers`."""
         grid, levels, dtype = weight.grid, weight.levels, _weight_dtype(weight)
+        in_integers = in_integers and grid.group_size is None
         if self.profile.unsigned and in_integers and dtype == np.int8 and int(levels.abs().max()) > _LARGEST_EXACT:
             grid, levels, dtype = grid.shifted(128), levels + 128, np.dtype(np.uint8)
         inputs = [
@@ -199,7 +200,9 @@ class Placement:
                 )
             zero_point = grid.zero_point.expand(grid.scale.shape).numpy().astype(dtype)
             inputs.append(self._constant(f"{weight.name}.zero_point", zero_point))
-        attributes = {} if grid.axis is None else {"axis": grid.axis}
+        attributes = {} if grid.axis is None else {"axis": grid.axis % levels.dim()}
+        if grid.axis is not None and grid.group_size is not None:
+            attributes["block_size"] = min(grid.group_size, levels.shape[grid.axis])
         return self._insert(before, "DequantizeLinear", inputs, attributes, f"{weight.name}.dequantize")
 
     # Activations
@@ -387,7 +390,8 @@ class Placement:
         node, output = chain.node, chain.last.outputs[0]
         transposed = node.op_type == "Gemm" and node.attributes["transB"].as_int() == 1
         rank = None if source.shape is None else len(source.shape)
-        if grid is not None and (node.op_type == "Gemm" or (self.profile.linear_as_gemm and rank is not None)):
+        in_integers = grid is not None and chain.weight.grid.group_size is None
+        if in_integers and (node.op_type == "Gemm" or (self.profile.linear_as_gemm and rank is not None)):
             flattens = node.op_type == "MatMul" and rank != 2
             inputs = [self._flattened(chain, source) if flattens else source]
             inputs.append(self._dequantized_weight(chain.weight, chain.last, True))
@@ -446,7 +450,8 @@ class Placement:
         """
         assert chain.bias is not None
         name, bias, weight = chain.bias_name, chain.bias, chain.weight
-        scale = torch.ones(0) if grid is None else grid.scale * weight.grid.scale
+        in_integers = grid is not None and weight.grid.group_size is None
+        scale = grid.scale * weight.grid.scale if grid is not None and in_integers else torch.ones(0)
         if scale.numel() == 1:
             scale = scale.reshape(())
         if scale.numel() in (1, bias.numel()):
@@ -464,7 +469,7 @@ class Placement:
     def _check_axis(self, node: ir.Node, weight: IntegerWeight) -> None:
         """Scales along another axis than the output's are computed wrongly by engines, silently."""
         axis = weight.grid.axis
-        if axis is None or axis % weight.levels.dim() == _output_axis(node):
+        if axis is None or weight.grid.group_size is not None or axis % weight.levels.dim() == _output_axis(node):
             return
         if node.op_type == "ConvTranspose" and axis % weight.levels.dim() == 0:
             return  # depthwise: its input channels are its output channels
@@ -493,6 +498,8 @@ class Placement:
             return "engines have no integer ConvTranspose"
         if grid is None:
             return "its input is not quantized"
+        if weight.grid.group_size is not None:
+            return "its weight has a scale for each group"
         if _weight_dtype(weight) != np.int8:
             return f"its weight is {_weight_dtype(weight).name}"
         if _activation_dtype(grid).itemsize > 1:

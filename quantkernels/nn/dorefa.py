@@ -9,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels.grids import OFF as OFF
 from quantkernels.nn.fake_quantize import clamped
-
-OFF = 32
-"""The bit width that DoReFa-Net's tables use for 'not quantized'."""
 
 
 class DoReFaWeight(nn.Module):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels.grids import Dtype, Scheme
 from quantkernels.nn.observers import Observers
-
-Dtype = Literal["uint", "int"]
-Scheme = Literal["per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric"]
 
 
 class FakeQuantize(nn.Module):
@@ -33,11 +31,13 @@ class FakeQuantize(nn.Module):
     Args:
         bits: width of the integer grid, 1 to 16; at least 2 for a symmetric scheme.
         quant_dtype: 'uint' or 'int', the integers of the grid.
-        quant_scheme: 'per_tensor_affine', 'per_tensor_symmetric', 'per_channel_affine' or 'per_channel_symmetric'.
-        axis: the channel axis of a per-channel scheme; ignored per tensor.
+        quant_scheme: 'per_tensor_affine', 'per_tensor_symmetric', or the same of 'per_channel'; with `dynamic` also of
+            'per_group', and of 'per_token', which gives each index of all axes but the last its own range.
+        axis: the channel axis of a per-channel scheme, or the one that has groups; ignored by the others.
         momentum: weight of a step's extrema in the moving average, in (0, 1]; 1 takes the last step's alone.
         channels: size of the input along `axis`; required by per-channel schemes that observe, and by them only.
         dynamic: quantize with the input's own range; nothing is observed.
+        group_size: how many elements along `axis` share a range; required by per-group schemes, and by them only.
         bounds: (low, high) of the clamp-type activation in front of the quantization; None when there is none.
         inplace: write the result into the input.
 
@@ -62,6 +62,7 @@ class FakeQuantize(nn.Module):
     Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
     """
 
+    learns = False
     _buffers: dict[str, Tensor]  # type: ignore[assignment]
     range: Tensor | None
 
@@ -75,6 +76,7 @@ class FakeQuantize(nn.Module):
         *,
         channels: int | None = None,
         dynamic: bool = False,
+        group_size: int | None = None,
         bounds: Sequence[float] | None = None,
         inplace: bool = False,
     ) -> None:
@@ -87,16 +89,19 @@ class FakeQuantize(nn.Module):
             raise ValueError(f"FakeQuantize: expected `momentum` to be in (0, 1], but got {momentum!r}")
         per_channel = quant_scheme.startswith("per_channel")
         _check_channels(channels, per_channel, dynamic, quant_scheme)
+        _check_group_size(group_size, dynamic, quant_scheme)
         if dynamic and (bounds is not None or inplace):
             raise ValueError("FakeQuantize: expected `bounds` and `inplace` not to be given with `dynamic`")
         self.bits = bits
         self.quant_dtype: Dtype = quant_dtype
         self.quant_scheme: Scheme = quant_scheme
-        self.axis = axis if per_channel else None
+        self.axis = axis if per_channel or group_size is not None else None
+        self.group_size = group_size
+        self.per_token = quant_scheme.startswith("per_token")
         self.channels = channels
         self.momentum = float(momentum)
         self.dynamic = dynamic
-        self.bounds = _checked_bounds(bounds)
+        self.bounds = checked_bounds("FakeQuantize", bounds)
         self.inplace = inplace
         self.symmetric = quant_scheme.endswith("symmetric")
         self.quant_min, self.quant_max = functional.quant_range(bits, quant_dtype, self.symmetric)
@@ -136,12 +141,14 @@ class FakeQuantize(nn.Module):
         if not self.enabled:
             return input if self.bounds is None else clamped(input, self.bounds, self.inplace)
         if self.dynamic:
+            axis, group_size = (-1, max(input.shape[-1], 1)) if self.per_token else (self.axis, self.group_size)
             return functional.fake_quantize_current(
                 input,
                 self.quant_min,
                 self.quant_max,
                 symmetric=self.symmetric,
-                axis=self.axis,
+                axis=axis,
+                group_size=group_size,
                 active=self.active if self.delayed and self.training else None,
             )
         return self.in_call(self._quantize, input)
@@ -207,14 +214,18 @@ class FakeQuantize(nn.Module):
 
     def grid(self) -> dict[str, Any]:
         """What a state_dict tells of the grid."""
-        grid = {"bits": self.bits, "dtype": self.quant_dtype, "scheme": self.quant_scheme}
-        return grid if self.axis is None else {**grid, "axis": self.axis}
+        grid: dict[str, Any] = {"bits": self.bits, "dtype": self.quant_dtype, "scheme": self.quant_scheme}
+        if self.axis is not None:
+            grid["axis"] = self.axis
+        return grid if self.group_size is None else {**grid, "group_size": self.group_size}
 
     def extra_repr(self) -> str:
         """Describes the grid, and those options that differ from their defaults."""
         parts = [f"bits={self.bits}, quant_dtype={self.quant_dtype}, quant_scheme={self.quant_scheme}"]
         if self.axis is not None:
             parts.append(f"axis={self.axis}" + (f", channels={self.channels}" if self.channels else ""))
+        if self.group_size is not None:
+            parts.append(f"group_size={self.group_size}")
         parts.append("dynamic=True" if self.dynamic else f"momentum={self.momentum:g}")
         if self.bounds is not None:
             parts.append(f"bounds={self.bounds}")
@@ -249,6 +260,16 @@ def _check_channels(channels: object, per_channel: bool, dynamic: bool, scheme: 
         raise ValueError(f"FakeQuantize: expected `channels` to be None with {why}, but got {channels}")
 
 
+def _check_group_size(group_size: object, dynamic: bool, scheme: str) -> None:
+    per_group = scheme.startswith("per_group")
+    if (per_group or scheme.startswith("per_token")) and not dynamic:
+        raise ValueError(f"FakeQuantize: expected `dynamic` to be True with {scheme!r}, but got False")
+    if not per_group and group_size is not None:
+        raise ValueError(f"FakeQuantize: expected `group_size` to be None with {scheme!r}, but got {group_size!r}")
+    if per_group:
+        _check_integer("group_size", group_size, minimum=1)
+
+
 def _check_integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"FakeQuantize: expected `{name}` to be an int, but got {value!r}")
@@ -257,9 +278,10 @@ def _check_integer(name: str, value: object, minimum: int | None = None, maximum
         raise ValueError(f"FakeQuantize: expected `{name}` to be {limits}, but got {value}")
 
 
-def _checked_bounds(bounds: Sequence[float] | None) -> tuple[float, float] | None:
+def checked_bounds(op: str, bounds: Sequence[float] | None) -> tuple[float, float] | None:
+    """The bounds of a clamp-type activation as floats; raises for what is none."""
     if bounds is None:
         return None
     if not isinstance(bounds, Sequence) or len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise ValueError(f"FakeQuantize: expected `bounds` to be (low, high) with low < high, but got {bounds!r}")
+        raise ValueError(f"{op}: expected `bounds` to be (low, high) with low < high, but got {bounds!r}")
     return float(bounds[0]), float(bounds[1])

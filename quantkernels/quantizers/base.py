@@ -28,6 +28,7 @@ from quantkernels.nn.batch_norm import (
 )
 from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.learned import LearnedFakeQuantize
 from quantkernels.nn.observers import STEP, Observers
 from quantkernels.quantizers import chains as chains_
 from quantkernels.quantizers import layers as layers_
@@ -314,9 +315,9 @@ class Quantizer(abc.ABC):
         """
         self._check_is_compressed("calibrate")
         forward = forward or _call
-        observing = [member for member in self.observers.members if not member.dynamic]
+        observing = self.observers.observing
         count = 0
-        sums: dict[FakeQuantize, tuple[Tensor, Tensor]] = {}
+        sums: dict[Any, tuple[Tensor, Tensor]] = {}
         with self._evaluation(), torch.no_grad():
             try:
                 for member in observing:
@@ -337,16 +338,19 @@ class Quantizer(abc.ABC):
             raise ValueError(f"{type(self).__name__}.calibrate: expected `batches` to hold at least one, but got none")
 
     def freeze_ranges(self) -> None:
-        """Keeps all ranges as they are while training goes on; quantization goes on with them."""
+        """Keeps all ranges, and learned scales, as they are while training goes on; quantization goes on with them."""
         self._check_is_compressed("freeze_ranges")
-        for member in self.observers.members:
-            member.frozen = True
+        self._set_frozen(True)
 
     def unfreeze_ranges(self) -> None:
         """Lets ranges follow the data again."""
         self._check_is_compressed("unfreeze_ranges")
-        for member in self.observers.members:
-            member.frozen = False
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        for module in self.quantizer_modules():
+            if module in self.observers.members or isinstance(module, LearnedFakeQuantize):
+                module.frozen = frozen
 
     def freeze_bn(self) -> None:
         """Lets training normalise with the running statistics of every batch norm, which then stay as they are.
@@ -542,6 +546,7 @@ class Quantizer(abc.ABC):
                 for quant_type, bits in entry.bits.items():
                     if bits != OFF:
                         _check_applicable(layer, quant_type, projections)
+                        _check_tokens(layer, quant_type)
                 planned.append(layer)
         return planned
 
@@ -645,17 +650,23 @@ class Quantizer(abc.ABC):
 
     def _group_observers(self) -> None:
         """Makes all modules that observe, or wait for a step to begin with, one group."""
-        members: dict[FakeQuantize, int] = {}
+        members: dict[FakeQuantize | LearnedFakeQuantize, int] = {}
+        learned: list[LearnedFakeQuantize] = []
         for layer in self.layers:
-            for quant_type, quantizer in layer.quantizers.items():
-                for module in quantizer.modules():
-                    if isinstance(module, FakeQuantize):
-                        module.delayed = layer.entry.quant_start_step > 0 and quant_type == "weight"
-                        if module.delayed or not module.dynamic:
-                            members[module] = layer.entry.quant_start_step
-        self.observers = Observers(members, self.model)
-        self.observers.start_steps = members
-        for member in members:
+            for module in (module for quantizer in layer.quantizers.values() for module in quantizer.modules()):
+                if isinstance(module, LearnedFakeQuantize):
+                    module.delayed = layer.entry.quant_start_step > 0
+                    if not module.dynamic:
+                        learned.append(module)
+                    if module.delayed:
+                        members[module] = layer.entry.quant_start_step
+                elif isinstance(module, FakeQuantize):
+                    module.delayed = layer.entry.quant_start_step > 0 and module.dynamic
+                    if module.delayed or not module.dynamic:
+                        members[module] = layer.entry.quant_start_step
+        self.observers = Observers(members, self.model, learned)
+        self.observers.start_steps = dict(members)
+        for member in (*members, *learned):
             member.observers = self.observers
 
     def _hook_optimizer(self) -> None:
@@ -732,11 +743,11 @@ class Quantizer(abc.ABC):
                 stacklevel=4,
             )
 
-    def _without_range(self) -> list[FakeQuantize]:
+    def _without_range(self) -> list[Any]:
         """The members that pass what they meet unquantized. This reads their ranges, unless it is known already."""
-        unknown = [member for member in self.observers.members if not (member.dynamic or member.has_range)]
+        unknown = [member for member in self.observers.observing if not member.has_range]
         for member in unknown:  # another's doing, such as an averaged model's or a compiled step's, may have set it
-            member.has_range = _has_seen(member.observed_range)
+            member.has_range = _has_seen(member.scale.detach() if member.learns else member.observed_range)
         # What no training forward has called needs no range: arguments that are no tensors, unused layers.
         return [m for m in unknown if not m.has_range and (m.has_run or not self._training_forwards)]
 
@@ -766,8 +777,22 @@ class Quantizer(abc.ABC):
             observed_range = state_dict.get(f"{prefix}{name}.range")
             if isinstance(module, FakeQuantize) and observed_range is not None:
                 module.has_range = _has_seen(observed_range)
+            scale = state_dict.get(f"{prefix}{name}.scale")
+            if isinstance(module, LearnedFakeQuantize) and scale is not None:
+                module.has_range = _has_seen(scale.detach())
         self._has_reported_evaluation = False
         self._begins_with_forward = self.observers.by_optimizer
+
+    def _note_float_weights(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Takes note that a float model's state is being loaded: learned scales of weights start from the new ones."""
+        for layer in self.layers:
+            for key, module in layer.quantizers["weight"].named_modules() if "weight" in layer.quantizers else ():
+                name = ".".join(part for part in (layer.name, key or "weight") if part)
+                weight = state_dict.get(prefix + name)
+                plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter)
+                if plain and isinstance(module, LearnedFakeQuantize):
+                    assert weight is not None
+                    module.initialize(weight)
 
     def _try(self, dummy_input: Batch) -> None:
         """Runs the model on `dummy_input` and sets the ranges from it."""
@@ -830,7 +855,8 @@ def idle_reasons(layer: QuantizedLayer) -> list[str]:
         if modules and not any(module.has_run for module in modules):
             reasons.append(f"{quant_type}: the layer was never called; its weight may be read by other code")
             continue
-        unseen = [m for m in modules if isinstance(m, FakeQuantize) and m.has_run and not (m.dynamic or m.has_range)]
+        observing = [m for m in modules if isinstance(m, FakeQuantize | LearnedFakeQuantize) and not m.dynamic]
+        unseen = [module for module in observing if module.has_run and not module.has_range]
         if any(module.enabled for module in unseen):
             why = "its ranges are frozen" if unseen[0].frozen else "it ran in evaluation mode only"
             reasons.append(f"{quant_type}: no range was observed, since {why}; calibrate()")
@@ -853,7 +879,7 @@ def skipped_subclass(module: NamedModule) -> str | None:
 
 def _is_ternary(layer: QuantizedLayer) -> bool:
     weight = layer.quantizers.get("weight")
-    grids = [module for module in weight.modules() if isinstance(module, FakeQuantize)] if weight is not None else []
+    grids = [] if weight is None else [m for m in weight.modules() if isinstance(m, FakeQuantize | LearnedFakeQuantize)]
     return any((grid.quant_min, grid.quant_max) == (-1, 1) for grid in grids)
 
 
@@ -896,6 +922,16 @@ def _check_applicable(layer: QuantizedLayer, quant_type: QuantType, projections:
         raise ValueError(f"{where} is a container; name the layers in it")
     elif quant_type == "input" and not layers_.input_arguments(module):
         raise ValueError(f"{where} takes no input")
+
+
+def _check_tokens(layer: QuantizedLayer, quant_type: QuantType) -> None:
+    """Raises ValueError where a scheme is per token and the layer has none."""
+    scheme = layer.entry.scheme.get(quant_type, "")
+    if scheme.startswith("per_token") and not isinstance(layer.module, nn.Linear):
+        raise ValueError(
+            f"config_list[{layer.entry.index}]: quant type {quant_type!r}: layer {layer}: {scheme!r} is for inputs and "
+            "outputs of Linear layers, whose last axis holds a token"
+        )
 
 
 def _check_weight(where: str, module: nn.Module) -> None:

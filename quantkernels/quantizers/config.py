@@ -1,6 +1,7 @@
 """The config_list of the quantizers: its grammar, its validation, and which entry decides which module.
 
-A config_list is a list of dicts, as NNI has it. It is parsed into frozen dataclasses, and every mistake in it is
+Knows no framework: a front names the modules of its models and says what it calls them. A config_list is a list of
+dicts, as NNI has it. It is parsed into frozen dataclasses, and every mistake in it is
 reported with the entry and the key, before any module is touched.
 """
 
@@ -11,11 +12,12 @@ import fnmatch
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
-from torch import nn
+from quantkernels.grids import Dtype, Scheme
 
-from quantkernels.nn.fake_quantize import Dtype, Scheme
+if TYPE_CHECKING:
+    from torch import nn
 
 QuantType = Literal["weight", "input", "output", "gradient"]
 
@@ -34,11 +36,8 @@ DEFAULT_OP_TYPES = frozenset(
         "EmbeddingBag",
     }
 )
-"""What `'op_types': 'default'` stands for."""
+"""What `'op_types': 'default'` stands for in PyTorch."""
 
-_TORCH_OP_TYPES = frozenset(
-    name for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)
-)
 _LISTED_NAMES = 20  # how many of a model's modules an error message lists
 
 _T = TypeVar("_T")
@@ -59,6 +58,8 @@ class Grammar:
         default_dtype: assumed without 'quant_dtype'; None where the quantizer has one fixed grid and takes neither
             that key nor 'quant_scheme'.
         default_scheme: assumed without 'quant_scheme'.
+        weight_default: 'quant_dtype' and 'quant_scheme' assumed for weights, where they differ from the others'.
+        tokens: whether inputs and outputs may have a range for each token.
         delay: whether 'quant_start_step' is accepted.
     """
 
@@ -70,14 +71,31 @@ class Grammar:
     default_bits: int | None = None
     default_dtype: Dtype | None = None
     default_scheme: Scheme | None = None
+    weight_default: tuple[Dtype, Scheme] | None = None
+    tokens: bool = True
     delay: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Every key that an entry may have."""
-        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme", "quant_axis")
+        grid = () if self.default_dtype is None else ("quant_dtype", "quant_scheme", "quant_axis", "group_size")
         delay = ("quant_start_step",) if self.delay else ()
         return ("op_types", "op_names", "exclude", "quant_types", *self.bits_keys, *grid, *delay)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a framework calls the parts of its models.
+
+    Attributes:
+        default_op_types: what `'op_types': 'default'` stands for.
+        known_op_types: the class names that may be named although the model has none of that class.
+        noun: what a part is called in messages: 'module' or 'layer'.
+    """
+
+    default_op_types: frozenset[str]
+    known_op_types: frozenset[str]
+    noun: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,9 @@ class Entry:
         dtype: 'uint' or 'int' by quant type; empty where the quantizer has one fixed grid.
         scheme: by quant type; empty where the quantizer has one fixed grid.
         quant_start_step: number of steps before quantization begins.
-        quant_axis: the channel axis of per-channel weights; None for the one that the layer's type has.
+        quant_axis: the channel axis of per-channel weights, or the one that has groups; None for the one that the
+            layer's type has.
+        group_size: how many elements of a weight share a grid in a per-group scheme.
     """
 
     index: int
@@ -105,6 +125,7 @@ class Entry:
     scheme: Mapping[QuantType, Scheme]
     quant_start_step: int
     quant_axis: int | None = None
+    group_size: int | None = None
 
     def matches(self, module: NamedModule) -> bool:
         """Whether the entry is about `module`: of one of its types and under one of its names, where it gives both."""
@@ -131,7 +152,7 @@ class NamedModule:
 
     names: tuple[str, ...]
     op_type: str
-    module: nn.Module
+    module: Any
     containers: tuple[NamedModule, ...] = ()
 
     def __str__(self) -> str:
@@ -185,7 +206,19 @@ def _is_put_in_place(cls: type[nn.Module]) -> bool:
 
 
 def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -> tuple[Entry, ...]:
-    """Validates `config_list` for the quantizer of `grammar` and for `model`.
+    """Validates `config_list` for the quantizer of `grammar` and for `model`, as `parse_entries` does."""
+    from torch import nn
+
+    known = frozenset(
+        name for name, value in vars(nn).items() if isinstance(value, type) and issubclass(value, nn.Module)
+    )
+    return parse_entries(config_list, grammar, named_modules(model), Vocabulary(DEFAULT_OP_TYPES, known, "module"))
+
+
+def parse_entries(
+    config_list: object, grammar: Grammar, modules: Sequence[NamedModule], vocabulary: Vocabulary
+) -> tuple[Entry, ...]:
+    """Validates `config_list` for the quantizer of `grammar` and a model of these modules.
 
     Raises:
         TypeError: a list, an entry or a value has the wrong type.
@@ -196,23 +229,23 @@ def parse_config_list(config_list: object, grammar: Grammar, model: nn.Module) -
         raise TypeError(f"config_list: expected a list of dicts, but got {config_list!r}")
     if not config_list:
         raise ValueError("config_list: expected at least one entry, but got an empty list")
-    modules = named_modules(model)
-    parser = _EntryParser(grammar, modules)
+    noun = vocabulary.noun
+    parser = _EntryParser(grammar, modules, vocabulary)
     entries = tuple(parser.parse(index, entry) for index, entry in enumerate(config_list))
     for entry in entries:
         if not any(entry.matches(module) for module in modules):
-            raise ValueError(_no_match_message(entry, modules))
+            raise ValueError(_no_match_message(entry, modules, noun))
     deciding = {decided.index for module in modules if (decided := deciding_entry(entries, module)) is not None}
     for entry in entries:
         if not entry.exclude and entry.index not in deciding:
             raise ValueError(
-                f"config_list[{entry.index}] decides no module: later entries match every module that it matches, and "
+                f"config_list[{entry.index}] decides no {noun}: later entries match every {noun} that it matches, and "
                 "the last one that matches counts alone"
             )
     return entries
 
 
-def config_notes(entries: Sequence[Entry], modules: Iterable[NamedModule]) -> list[str]:
+def config_notes(entries: Sequence[Entry], modules: Iterable[NamedModule], noun: str = "module") -> list[str]:
     """What a reader of the configuration may not expect: quant types that a later entry drops, idle exclusions."""
     dropped: Counter[tuple[int, int, str]] = Counter()
     excludes: set[int] = set()
@@ -225,7 +258,7 @@ def config_notes(entries: Sequence[Entry], modules: Iterable[NamedModule]) -> li
             for quant_type in earlier.bits.keys() - matching[-1].bits.keys():
                 dropped[matching[-1].index, earlier.index, quant_type] += 1
     notes = [
-        f"config_list[{later}] decides {count} module{'s' * (count > 1)} alone, so the {quant_type!r} that "
+        f"config_list[{later}] decides {count} {noun}{'s' * (count > 1)} alone, so the {quant_type!r} that "
         f"config_list[{earlier}] asks for there is not quantized"
         for (later, earlier, quant_type), count in sorted(dropped.items())
     ]
@@ -242,10 +275,10 @@ def deciding_entry(entries: Iterable[Entry], module: NamedModule) -> Entry | Non
 class _EntryParser:
     """Turns one dict at a time into an Entry; holds what all of them share."""
 
-    def __init__(self, grammar: Grammar, modules: Iterable[NamedModule]) -> None:
-        modules = tuple(modules)
+    def __init__(self, grammar: Grammar, modules: Sequence[NamedModule], vocabulary: Vocabulary) -> None:
         self.grammar = grammar
-        self.op_types = _TORCH_OP_TYPES | {module.op_type for module in modules}
+        self.vocabulary = vocabulary
+        self.op_types = vocabulary.known_op_types | {module.op_type for module in modules}
         self.op_names = {name for module in modules for name in module.names}
 
     def parse(self, index: int, entry: object) -> Entry:
@@ -264,7 +297,9 @@ class _EntryParser:
         op_types = self._op_types(f"{where}['op_types']", entry["op_types"]) if "op_types" in entry else None
         op_names = self._op_names(f"{where}['op_names']", entry["op_names"]) if "op_names" in entry else None
         if op_types is None and op_names is None:
-            raise ValueError(f"{where}: expected 'op_types' or 'op_names', which say what modules it is about")
+            raise ValueError(
+                f"{where}: expected 'op_types' or 'op_names', which say what {self.vocabulary.noun}s it is about"
+            )
         if exclude:
             return Entry(index, op_types, op_names, True, {}, {}, {}, 0)
         bits = self._bits(where, entry)
@@ -280,6 +315,7 @@ class _EntryParser:
             scheme=scheme,
             quant_start_step=self._quant_start_step(where, entry),
             quant_axis=self._quant_axis(where, entry, scheme),
+            group_size=self._group_size(where, entry, scheme),
         )
 
     def _op_types(self, where: str, value: object) -> frozenset[str]:
@@ -291,13 +327,14 @@ class _EntryParser:
             if name not in known:
                 raise ValueError(f"{where}: unknown op type {name!r}{_closest(name, known)}")
         types = frozenset(names)
-        return types - {"default"} | DEFAULT_OP_TYPES if "default" in types else types
+        return types - {"default"} | self.vocabulary.default_op_types if "default" in types else types
 
     def _op_names(self, where: str, value: object) -> frozenset[str]:
-        names = _strings(where, value, "a list of module names")
+        noun = self.vocabulary.noun
+        names = _strings(where, value, f"a list of {noun} names")
         for name in names:
             if name not in self.op_names and not any(_is_named(known, (name,)) for known in self.op_names):
-                raise ValueError(f"{where}: the model has no module named {name!r}{_closest(name, self.op_names)}")
+                raise ValueError(f"{where}: the model has no {noun} named {name!r}{_closest(name, self.op_names)}")
         return frozenset(names)
 
     def _bits(self, where: str, entry: Mapping[str, object]) -> dict[QuantType, int]:
@@ -342,8 +379,11 @@ class _EntryParser:
     def _check_bits(self, where: str, bits: Mapping[QuantType, int], scheme: Mapping[QuantType, Scheme]) -> None:
         for quant_type, width in bits.items():
             if width not in self.grammar.bits:
+                widths = sorted(self.grammar.bits - {32})
                 extra = " or 32 (off)" if 32 in self.grammar.bits else ""
-                raise ValueError(f"{where}: expected bits of {quant_type!r} in 1..16{extra}, but got {width}")
+                raise ValueError(
+                    f"{where}: expected bits of {quant_type!r} in {widths[0]}..{widths[-1]}{extra}, but got {width}"
+                )
             if width < 2 and scheme.get(quant_type, "").endswith("symmetric"):
                 raise ValueError(
                     f"{where}: expected bits of {quant_type!r} to be at least 2 with {scheme[quant_type]!r}, "
@@ -357,7 +397,9 @@ class _EntryParser:
             return {}
         value = entry.get("quant_dtype", self.grammar.default_dtype)
         given = _by_quant_type(f"{where}['quant_dtype']", value, quant_types, _one_of(get_args(Dtype)))
-        return {kind: cast(Dtype, given.get(kind, self.grammar.default_dtype)) for kind in quant_types}
+        weight = self.grammar.weight_default[0] if self.grammar.weight_default else self.grammar.default_dtype
+        default = {kind: weight if kind == "weight" else self.grammar.default_dtype for kind in quant_types}
+        return cast(dict[QuantType, Dtype], {**default, **(given if "quant_dtype" in entry else {})})
 
     def _scheme(
         self, where: str, entry: Mapping[str, object], quant_types: tuple[QuantType, ...]
@@ -367,9 +409,18 @@ class _EntryParser:
         where = f"{where}['quant_scheme']"
         value = entry.get("quant_scheme", self.grammar.default_scheme)
         given = _by_quant_type(where, value, quant_types, _one_of(get_args(Scheme)))
-        scheme = {kind: cast(Scheme, given.get(kind, self.grammar.default_scheme)) for kind in quant_types}
+        weight = self.grammar.weight_default[1] if self.grammar.weight_default else self.grammar.default_scheme
+        default = {kind: weight if kind == "weight" else self.grammar.default_scheme for kind in quant_types}
+        scheme = cast(dict[QuantType, Scheme], {**default, **(given if "quant_scheme" in entry else {})})
         for quant_type, name in scheme.items():
-            if name.startswith("per_channel") and quant_type != "weight":
+            if name.startswith("per_token") and not self.grammar.tokens:
+                raise ValueError(f"{where}: {self.grammar.quantizer} has no {name!r}, a current range of each token")
+            if name.startswith("per_token") and quant_type == "weight":
+                raise ValueError(
+                    f"{where}: {name!r} is for inputs and outputs, but applies to 'weight' as well; "
+                    f"give a dict by quant type, such as {{'input': {name!r}}}"
+                )
+            if name.startswith(("per_channel", "per_group")) and quant_type != "weight":
                 raise ValueError(
                     f"{where}: {name!r} is for weights only, but applies to {quant_type!r} as well; "
                     f"give a dict by quant type, such as {{'weight': {name!r}}}"
@@ -387,9 +438,23 @@ class _EntryParser:
         if "quant_axis" not in entry:
             return None
         where = f"{where}['quant_axis']"
-        if not scheme.get("weight", "").startswith("per_channel"):
-            raise ValueError(f"{where}: expected it to go with a per-channel 'quant_scheme' of 'weight'")
+        if not scheme.get("weight", "").startswith(("per_channel", "per_group")):
+            raise ValueError(f"{where}: expected it to go with a per-channel or per-group 'quant_scheme' of 'weight'")
         return _integer(where, entry["quant_axis"])
+
+    def _group_size(self, where: str, entry: Mapping[str, object], scheme: Mapping[QuantType, Scheme]) -> int | None:
+        per_group = scheme.get("weight", "").startswith("per_group")
+        if "group_size" not in entry:
+            if per_group:
+                raise ValueError(f"{where}: {scheme['weight']!r} needs 'group_size', how many elements share a grid")
+            return None
+        where = f"{where}['group_size']"
+        if not per_group:
+            raise ValueError(f"{where}: expected it to go with a per-group 'quant_scheme' of 'weight'")
+        group_size = _integer(where, entry["group_size"])
+        if group_size < 1:
+            raise ValueError(f"{where}: expected a size of at least 1, but got {group_size}")
+        return group_size
 
 
 def _is_named(name: str, patterns: Iterable[str]) -> bool:
@@ -443,8 +508,7 @@ def _closest(name: object, known: Collection[str]) -> str:
     return f", did you mean {lower[matches[0]]!r}?" if matches else ""
 
 
-def _no_match_message(entry: Entry, modules: Iterable[NamedModule]) -> str:
-    modules = tuple(modules)
+def _no_match_message(entry: Entry, modules: Sequence[NamedModule], noun: str) -> str:
     wanted = []
     if entry.op_types is not None:
         wanted.append(f"op_types {sorted(entry.op_types)}")
@@ -455,6 +519,6 @@ def _no_match_message(entry: Entry, modules: Iterable[NamedModule]) -> str:
     named = [str(module) for module in modules if module.names[0]]
     names = ", ".join(named[:_LISTED_NAMES]) + (", ..." if len(named) > _LISTED_NAMES else "")
     return (
-        f"config_list[{entry.index}] matches no module: no module has {' and '.join(wanted)}. "
+        f"config_list[{entry.index}] matches no {noun}: no {noun} has {' and '.join(wanted)}. "
         f"The model has {types}" + (f"; by name: {names}" if names else "")
     )

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from quantkernels.nn import DoReFaActivation, DoReFaGradient, DoReFaWeight
-from quantkernels.nn.dorefa import OFF
 from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer, float_leaves, listed
 from quantkernels.quantizers.config import DEFAULT_OP_TYPES, Grammar, QuantType
+from quantkernels.quantizers.grammars import DOREFA
 
 _MULTIPLYING = (nn.Linear, nn.modules.conv._ConvNd)
 _NORMALIZATIONS = (
@@ -49,13 +49,7 @@ class DoReFaQuantizer(Quantizer):
         TypeError, ValueError: see Quantizer; or `seed` is no such number.
     """
 
-    grammar: ClassVar[Grammar] = Grammar(
-        quantizer="DoReFaQuantizer",
-        quant_types=("weight", "input", "output", "gradient"),
-        bits=frozenset({*range(1, 17), OFF}),
-        bits_keys=("q_bits", "quant_bits"),
-        default_quant_types=("weight",),
-    )
+    grammar: ClassVar[Grammar] = DOREFA
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ def _check_grids(quantizer: Quantizer, state_dict: dict[str, Any], prefix: str) 
     own = {prefix + name: tensor for name, tensor in quantizer._state().items()}
     if described is None:
         if not any(name in state_dict for name in own):
+            quantizer._note_float_weights(state_dict, prefix)
             state_dict.update(own)
             state_dict[prefix + GRIDS] = _encode(quantizer._grids())
         return

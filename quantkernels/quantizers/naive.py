@@ -9,6 +9,7 @@ from torch import nn
 
 from quantkernels.quantizers.base import Batch, QuantizedLayer, Quantizer
 from quantkernels.quantizers.config import Grammar, QuantType
+from quantkernels.quantizers.grammars import NAIVE
 from quantkernels.quantizers.qat import fake_quantize_weight
 
 
@@ -28,14 +29,7 @@ class NaiveQuantizer(Quantizer):
         TypeError, ValueError: see Quantizer.
     """
 
-    grammar: ClassVar[Grammar] = Grammar(
-        quantizer="NaiveQuantizer",
-        quant_types=("weight",),
-        default_quant_types=("weight",),
-        default_bits=8,
-        default_dtype="int",
-        default_scheme="per_tensor_symmetric",
-    )
+    grammar: ClassVar[Grammar] = NAIVE
 
     def __init__(
         self,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantkernels.nn import FakeQuantize
 from quantkernels.quantizers.base import QuantizedLayer, Quantizer
 from quantkernels.quantizers.config import Grammar, QuantType
+from quantkernels.quantizers.grammars import QAT
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OUTPUTS_FIRST = (
@@ -38,10 +39,13 @@ class QAT_Quantizer(Quantizer):
     - 'op_types': 'default', a class name, or a list of these; 'op_names': a list of module names or shell-style
       patterns of them ('layer*.conv1'). At least one; with both, a module has to satisfy both.
     - 'quant_dtype': 'uint' (the default) or 'int', or a dict by quant type.
-    - 'quant_scheme': 'per_tensor_affine' (the default), 'per_tensor_symmetric', and for weights 'per_channel_affine'
-      and 'per_channel_symmetric'; or a dict by quant type.
-    - 'quant_axis': the axis of a weight's channels in a per-channel scheme; needed for layers of types that are not
-      torch's, whose layout is not known.
+    - 'quant_scheme': 'per_tensor_affine' (the default), 'per_tensor_symmetric'; for weights also 'per_channel_affine',
+      'per_channel_symmetric', 'per_group_affine' and 'per_group_symmetric'; for inputs and outputs of Linear layers
+      also 'per_token_affine' and 'per_token_symmetric', which quantize each token with its own range, at every call,
+      and observe nothing; or a dict by quant type.
+    - 'group_size': how many elements of a weight share a grid in a per-group scheme; the last group may be shorter.
+    - 'quant_axis': the axis of a weight's output channels in a per-channel scheme, of its groups in a per-group one
+      (without it, of its input channels); needed for layers of types that are not torch's, whose layout is not known.
     - 'quant_start_step': number of steps that only observe in training, before quantization begins. Default 0.
       Evaluation quantizes whatever has a range.
     - 'exclude': True leaves the matching modules alone, and what is in them.
@@ -57,13 +61,7 @@ class QAT_Quantizer(Quantizer):
         TypeError, ValueError: see Quantizer.
     """
 
-    grammar: ClassVar[Grammar] = Grammar(
-        quantizer="QAT_Quantizer",
-        quant_types=("weight", "input", "output"),
-        default_dtype="uint",
-        default_scheme="per_tensor_affine",
-        delay=True,
-    )
+    grammar: ClassVar[Grammar] = QAT
 
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         """See Quantizer."""
@@ -83,9 +81,9 @@ class QAT_Quantizer(Quantizer):
         inplace: bool = False,
     ) -> FakeQuantize:
         entry = layer.entry
-        return FakeQuantize(
-            entry.bits[quant_type], entry.dtype[quant_type], entry.scheme[quant_type], bounds=bounds, inplace=inplace
-        )
+        scheme = entry.scheme[quant_type]
+        grid = (entry.bits[quant_type], entry.dtype[quant_type], scheme)
+        return FakeQuantize(*grid, dynamic=scheme.startswith("per_token"), bounds=bounds, inplace=inplace)
 
 
 QATQuantizer = QAT_Quantizer
@@ -94,20 +92,34 @@ QATQuantizer = QAT_Quantizer
 def fake_quantize_weight(layer: QuantizedLayer) -> FakeQuantize:
     """Returns a quantizer for the weight of `layer` as its entry says, with the weight's own range at every call."""
     entry = layer.entry
-    scheme = entry.scheme["weight"]
-    axis = _channel_axis(layer) if scheme.startswith("per_channel") else 0
-    return FakeQuantize(entry.bits["weight"], entry.dtype["weight"], scheme, axis, dynamic=True)
+    grid = (entry.bits["weight"], entry.dtype["weight"], entry.scheme["weight"])
+    return FakeQuantize(*grid, weight_axis(layer), dynamic=True, group_size=entry.group_size)
 
 
-def _channel_axis(layer: QuantizedLayer) -> int:
-    """The weight's axis of output channels, such that each of them has one scale.
+def weight_axis(layer: QuantizedLayer) -> int:
+    """The axis of the weight that its entry's scheme is about; 0 for a scheme per tensor.
+
+    Per channel that is the axis of output channels, such that each of them has one scale; per group the one of input
+    channels, the only one where there is one alone.
 
     Raises:
         ValueError: the layer is of no known type and its entry has no 'quant_axis'.
     """
-    module, entry = layer.module, layer.entry
+    entry = layer.entry
+    scheme = entry.scheme["weight"]
+    if scheme.startswith("per_tensor"):
+        return 0
     if entry.quant_axis is not None:
         return entry.quant_axis
+    axis = _channel_axis(layer)
+    if scheme.startswith("per_channel"):
+        return axis
+    weight = getattr(layer.module, "weight", None)
+    return 0 if isinstance(weight, Tensor) and weight.dim() == 1 else 1 - axis
+
+
+def _channel_axis(layer: QuantizedLayer) -> int:
+    module, entry = layer.module, layer.entry
     if isinstance(module, _TRANSPOSED):
         return 0 if module.groups == module.in_channels else 1
     if isinstance(module, _OUTPUTS_FIRST):
@@ -115,6 +127,6 @@ def _channel_axis(layer: QuantizedLayer) -> int:
     if any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__):
         return 1
     raise ValueError(
-        f"config_list[{entry.index}]: 'weight' of layer {layer} per channel: expected 'quant_axis', the axis of its "
-        "output channels, since the layout of this type's weight is not known"
+        f"config_list[{entry.index}]: 'weight' of layer {layer} per {entry.scheme['weight'].split('_')[1]}: expected "
+        "'quant_axis', the axis of its output channels, since the layout of this type's weight is not known"
     )

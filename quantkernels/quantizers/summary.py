@@ -1,10 +1,9 @@
-"""The summary of a quantizer: a row for all that is quantized, or has weights and is not, as data and as a table."""
+"""The summary of a quantizer: a row for everything that is quantized or has weights and is not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,76 +12,14 @@ from torch import Tensor, nn
 from quantkernels import functional
 from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
+from quantkernels.nn.learned import LearnedFakeQuantize
 from quantkernels.nn.observers import STEP
 from quantkernels.quantizers.config import config_notes, deciding_entry, named_modules
+from quantkernels.quantizers.table import Summary as Summary
+from quantkernels.quantizers.table import SummaryRow as SummaryRow
 
 if TYPE_CHECKING:
     from quantkernels.quantizers.base import QuantizedLayer, Quantizer
-
-_HEADINGS = {"quant_type": "quantized", "observed_range": "range", "clipped": "clipped", "sqnr": "SQNR", "status": ""}
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One tensor that is quantized, or one layer with weights of which nothing is.
-
-    Attributes:
-        name: the layer's name.
-        op_type: its class name.
-        quant_type: 'weight', 'input', 'output' or 'gradient'; '-' where nothing is quantized.
-        bits: the width of the grid; None where nothing is quantized.
-        dtype: 'uint' or 'int', or '' where the quantizer has one fixed grid.
-        scheme: as in the configuration, or ''.
-        observed_range: (least, greatest) over the channels: of the observed range, or of the weight. None if unknown.
-        clipped: the share of elements outside the grid; None unless it was measured.
-        sqnr: signal to quantization noise ratio in dB: of the weight, and of inputs and outputs where it was measured.
-        status: 'quantized', or why not, or not yet.
-    """
-
-    name: str
-    op_type: str
-    quant_type: str
-    bits: int | None = None
-    dtype: str = ""
-    scheme: str = ""
-    observed_range: tuple[float, float] | None = None
-    clipped: float | None = None
-    sqnr: float | None = None
-    status: str = "quantized"
-
-
-@dataclass(frozen=True)
-class Summary(Sequence[SummaryRow]):
-    """The rows, which it is a sequence of, and what is to be said of the configuration. Its text is a table.
-
-    Attributes:
-        rows: in the model's order.
-        notes: sentences about entries that decide less than they seem to, and about what each batch norm runs with.
-    """
-
-    rows: tuple[SummaryRow, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    def __getitem__(self, index: Any) -> Any:
-        """The row, or rows."""
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[SummaryRow]:
-        """The rows."""
-        return iter(self.rows)
-
-    def __str__(self) -> str:
-        """The table and the notes."""
-        headings = [_HEADINGS.get(column.name, column.name) for column in fields(SummaryRow)]
-        lines = [headings, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-        shown = [i for i in range(len(headings)) if any(line[i] for line in lines[1:])]
-        text = ["  ".join(line[i].ljust(widths[i]) for i in shown).rstrip() for line in lines]
-        return "\n".join([*text, *self.notes])
 
 
 def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object]) -> Summary:
@@ -147,12 +84,14 @@ def _status(
         return "switched off"
     if quantizer._training_forwards and quant_type in idle:
         return idle[quant_type]
-    observing = [module for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
-    if any(not bool(module.observed_range.any()) for module in observing):
+    observing = [m for m in modules if isinstance(m, FakeQuantize | LearnedFakeQuantize) and not m.dynamic]
+    if any(_range_of(module) is None for module in observing):
         return "no range yet: passes unquantized"
     if step < layer.entry.quant_start_step:
         return f"in training from step {layer.entry.quant_start_step} on, now {step}"
-    return "quantized, range frozen" if any(module.frozen for module in observing) else "quantized"
+    if any(module.frozen for module in modules if module in observing or isinstance(module, LearnedFakeQuantize)):
+        return "quantized, range frozen"
+    return "quantized"
 
 
 def _why_not(quantizer: Quantizer, module: Any) -> str:
@@ -175,10 +114,19 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _observed_range(modules: Sequence[Any]) -> tuple[float, float] | None:
-    ranges = [module.observed_range for module in modules if isinstance(module, FakeQuantize) and not module.dynamic]
-    if not ranges or not bool(ranges[0].any()):
-        return None
-    return float(ranges[0][0].min()), float(ranges[0][1].max())
+    observing = [m for m in modules if isinstance(m, FakeQuantize | LearnedFakeQuantize) and not m.dynamic]
+    found = _range_of(observing[0]) if observing else None
+    return None if found is None else (float(found[0].min()), float(found[1].max()))
+
+
+def _range_of(module: FakeQuantize | LearnedFakeQuantize) -> tuple[Tensor, Tensor] | None:
+    """What the grid covers; None where it has seen nothing."""
+    if isinstance(module, LearnedFakeQuantize):
+        scale, zero_point = module.qparams()
+        ends = (scale * (module.quant_min - zero_point), scale * (module.quant_max - zero_point))
+        return ends if module.knows_scale() else None
+    low, high = module.observed_range
+    return (low, high) if bool(module.observed_range.any()) else None
 
 
 @torch.no_grad()
@@ -202,7 +150,7 @@ def _measure(
     figures: dict[nn.Module, tuple[float | None, float | None]] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, FakeQuantize)
+        assert isinstance(module, FakeQuantize | LearnedFakeQuantize)
         figures[module] = _figures(module, inputs.pop(module), output)
 
     inputs: dict[nn.Module, Tensor] = {}
@@ -211,9 +159,8 @@ def _measure(
         inputs[module] = args[0].detach().clone()
 
     handles = []
-    for member in quantizer.observers.members:
-        if not member.dynamic:
-            handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(record)]
+    for member in quantizer.observers.observing:
+        handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(record)]
     try:
         with quantizer._evaluation(), torch.no_grad():
             forward(quantizer.model, batch)
@@ -223,14 +170,17 @@ def _measure(
     return figures
 
 
-def _figures(module: FakeQuantize, input: Tensor, output: Tensor) -> tuple[float | None, float | None]:
+def _figures(
+    module: FakeQuantize | LearnedFakeQuantize, input: Tensor, output: Tensor
+) -> tuple[float | None, float | None]:
     clamped = input.double() if module.bounds is None else input.double().clamp(*module.bounds)
-    observed = module.observed_range
-    if not module.enabled or not bool(observed.any()):
+    observed = _range_of(module)
+    if not module.enabled or observed is None:
         return None, None
-    scale, zero_point = functional.qparams(
-        observed[0], observed[1], module.quant_min, module.quant_max, module.symmetric
-    )
+    if isinstance(module, LearnedFakeQuantize):
+        scale, zero_point = module.qparams()
+    else:
+        scale, zero_point = functional.qparams(*observed, module.quant_min, module.quant_max, module.symmetric)
     if module.axis is not None:
         shape = [-1 if axis == module.axis % input.dim() else 1 for axis in range(input.dim())]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
@@ -245,18 +195,3 @@ def _sqnr(signal: Tensor, quantized: Tensor) -> float | None:
     if power == 0 or not math.isfinite(power + noise):
         return None
     return math.inf if noise == 0 else 10 * math.log10(power / noise)
-
-
-def _cells(row: SummaryRow) -> list[str]:
-    return [
-        row.name or "(model)",
-        row.op_type,
-        row.quant_type,
-        "" if row.bits is None else str(row.bits),
-        row.dtype,
-        row.scheme,
-        "" if row.observed_range is None else "{:.4g} .. {:.4g}".format(*row.observed_range),
-        "" if row.clipped is None else f"{row.clipped:.2%}",
-        "" if row.sqnr is None else f"{row.sqnr:.1f} dB",
-        row.status,
-    ]

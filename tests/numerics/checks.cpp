@@ -79,10 +79,10 @@ uint32_t inverse_mod_2_25(uint32_t m) {
   return x & ((1u << 25) - 1);
 }
 
-// The proof in affine.h leaves one case open: x < scale (as significands) and a quotient whose distance from a midpoint
-// M of two floats is the least possible. It needs M * S = +-1 mod 2^25 for the significand S of the scale. Here every
-// such S is enumerated for the midpoints on both sides of each tie k + 1/2 of the grids that use the reciprocal; each
-// that exists is run. There must be none that differs from the division.
+// The proof in docs/exact-division.md leaves one case open: x < scale (as significands) and a quotient whose distance
+// from a midpoint M of two floats is the least possible. It needs M * S = +-1 mod 2^25 for the significand S of the
+// scale. Here every such S is enumerated for the midpoints on both sides of each tie k + 1/2 of the grids that use the
+// reciprocal; each that exists is run. There must be none that differs from the division.
 void reciprocal_open_cases() {
   long candidates = 0;
   const auto midpoint = [&](uint32_t m, int exponent) {

@@ -10,6 +10,7 @@
 #include "cuda/affine.cu"
 #include "cuda/dorefa.cu"
 #include "cuda/extrema.cu"
+#include "cuda/learned.cu"
 #include "cuda/ranges.cu"
 
 namespace py = pybind11;
@@ -96,6 +97,22 @@ void end_step(const std::vector<std::array<Pointer, 2>>& pointers, const std::ve
   run_job(EndStepJob{steps.data(), static_cast<int64_t>(steps.size()), as<int64_t>(step)});
 }
 
+void fake_quantize_learned_backward(int dtype, Pointer grad_output, Pointer input, Pointer grad_input, View view,
+                                    Pointer scale, Pointer zero_point, int quant_min, int quant_max, Pointer grad_scale,
+                                    Pointer grad_zero_point) {
+  run_job(LearnedGradientJob{static_cast<DType>(dtype),
+                             as<void>(grad_output),
+                             as<void>(input),
+                             as<void>(grad_input),
+                             {view[0], view[1], view[2]},
+                             as<float>(scale),
+                             as<int32_t>(zero_point),
+                             quant_min,
+                             quant_max,
+                             as<void>(grad_scale),
+                             as<void>(grad_zero_point)});
+}
+
 void straight_through(int64_t element_size, Pointer grad_output, Pointer mask, Pointer grad_input, int64_t numel) {
   run_job(StraightThroughJob{element_size, as<void>(grad_output), as<uint8_t>(mask), as<void>(grad_input), numel});
 }
@@ -138,6 +155,7 @@ PYBIND11_MODULE(bindings, module) {
   module.def("begin_step", &begin_step);
   module.def("end_step", &end_step);
   module.def("fake_quantize_number", &fake_quantize_number);
+  module.def("fake_quantize_learned_backward", &fake_quantize_learned_backward);
   module.def("straight_through", &straight_through);
   module.def("min_max", &min_max);
   module.def("dorefa_weight", &dorefa_weight);

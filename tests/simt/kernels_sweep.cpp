@@ -12,6 +12,7 @@
 #include "cuda/affine.cu"
 #include "cuda/dorefa.cu"
 #include "cuda/extrema.cu"
+#include "cuda/learned.cu"
 #include "cuda/ranges.cu"
 
 namespace qk::simt {
@@ -99,6 +100,9 @@ void sweep_affine(ChannelView view, int64_t offset) {
   affine.low = -kInfinity;
   affine.high = kInfinity;
   run(affine);
+  std::vector<typename ComputeType<S>::type> grad_scale(scale.size()), grad_zero_point(scale.size());
+  run(LearnedGradientJob{affine.dtype, input.data(), input.data(), output.data(), view, scale.data(), zero_point.data(),
+                         0, 255, grad_scale.data(), grad_zero_point.data()});
   run(StraightThroughJob{sizeof(S), input.data(), mask.data(), output.data(), numel});
   affine.range = active.data();
   affine.pending = pending.data();

@@ -177,6 +177,30 @@ class EmulatedOperators:
         pointers = [[t.data_ptr() for t in of_one] for of_one in zip(ranges, pending, strict=True)]
         self.module.end_step(pointers, [t.numel() // 2 for t in ranges], momenta, step.data_ptr())
 
+    def fake_quantize_learned_backward(
+        self, grad_output: Tensor, input: Tensor, scale: Tensor, zero_point: Tensor, *grid: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        quant_min, quant_max, axis = grid
+        source = _dense(input)
+        gradient = grad_output.contiguous(memory_format=_memory_format(source))
+        sums = torch.full(scale.shape, math.nan, dtype=torch.promote_types(input.dtype, torch.float32))
+        results = _poisoned(source), sums, sums.clone()
+        scale, zero_point = scale.contiguous(), zero_point.contiguous()
+        self.module.fake_quantize_learned_backward(
+            _DTYPES.index(source.dtype),
+            gradient.data_ptr(),
+            source.data_ptr(),
+            results[0].data_ptr(),
+            _view(source, axis),
+            scale.data_ptr(),
+            zero_point.data_ptr(),
+            quant_min,
+            quant_max,
+            results[1].data_ptr(),
+            results[2].data_ptr(),
+        )
+        return results
+
     def straight_through(self, grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
         source = grad_output.contiguous(memory_format=_FORMATS[memory_format])
         grad_input = _poisoned(source)

@@ -1,0 +1,104 @@
+"""Every operator has all its parts: CONTRIBUTING's recipe, as far as a machine can tell."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import launch_paths
+import pytest
+import test_ops
+import torch
+
+from quantkernels import functional, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "simt")]
+
+from operators import EmulatedOperators  # type: ignore[import-not-found]  # noqa: E402
+
+from benchmarks import kernels as benchmarks  # noqa: E402
+
+# Operators that are the backward, or another form, of one that the public function is named after.
+BELONGS_TO = {
+    "fake_quantize_learned_backward": "fake_quantize_learned",
+    "dorefa_weight_backward": "dorefa_weight",
+    "frozen_batch_norm_fake_quantize": "batch_norm_fake_quantize",
+    "batch_norm_fake_quantize_backward": "batch_norm_fake_quantize",
+}
+# The backward of every masked quantizer: what it computes is in the gradients of the references.
+WITHOUT_FUNCTION = {"straight_through"}
+# Computed one after the other on a GPU.
+WITHOUT_CUDA = {
+    "batch_norm_fake_quantize",
+    "frozen_batch_norm_fake_quantize",
+    "batch_norm_fake_quantize_backward",
+}
+# The benchmark that it is measured in, where that has another name.
+BENCHMARKS = {
+    "batch_norm_fake_quantize": "batch_norm + relu6 + observe_fake_quantize",
+    "fake_quantize_in_range": "observe_fake_quantize",
+    "begin_step": "observe_fake_quantize",
+    "end_step": "observe_fake_quantize",
+}
+WITHOUT_KERNEL = {"build_info", "begin_step.in_forward", "end_step.in_forward"}
+
+OPERATORS = sorted(
+    name.partition("::")[2]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("quantkernels::") and name.partition("::")[2] not in WITHOUT_KERNEL
+)
+
+
+def function_of(operator: str) -> str:
+    name = operator.partition(".")[0].rstrip("_")
+    return BELONGS_TO.get(name, name)
+
+
+def registrations(backend: str) -> set[str]:
+    """The operators that csrc/ops registers for a backend."""
+    found: set[str] = set()
+    for source in sorted((ROOT / "csrc" / "ops").glob("*.cpp")):
+        text = source.read_text()
+        if f"implement<{backend}>(m)" in text:
+            found |= set(re.findall(r'm\.impl\("([\w.]+)"', text))
+    return found
+
+
+def lacking(operator: str) -> list[str]:
+    """The parts that `operator` has not."""
+    name, function = operator.partition(".")[0], function_of(operator)
+    overload = operator.partition(".")[2]
+    emulated = f"{name.rstrip('_')}_{overload}" + "_" * name.endswith("_") if overload else name
+    qualified = f"quantkernels::{operator}"
+    parts = {
+        "schema": bool(torch._C._dispatch_has_kernel(qualified)),
+        "fake": torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta")
+        or torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None,
+        "CPU kernel": operator in registrations("Cpu"),
+        "CUDA kernel": name in WITHOUT_CUDA or operator in registrations("Cuda"),
+        "function": name in WITHOUT_FUNCTION or function in functional.__all__,
+        "reference": name in WITHOUT_FUNCTION or function in reference.__all__,
+        "sample of opcheck": any(sample.partition(" ")[0] == operator for sample in test_ops.SAMPLES),
+        "emulated operator": name in WITHOUT_CUDA or hasattr(EmulatedOperators, emulated),
+        "launch path": name in WITHOUT_CUDA | WITHOUT_FUNCTION
+        or any(case.function == function for case in launch_paths.SMALL),
+        "benchmark": any(case.startswith(BENCHMARKS.get(function, function)) for case in benchmarks.GRID),
+    }
+    return [part for part, is_there in parts.items() if not is_there]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_operator_has_every_part(operator: str) -> None:
+    assert lacking(operator) == []
+
+
+def test_an_operator_that_lacks_parts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "__all__", [n for n in reference.__all__ if n != "min_max"])
+    monkeypatch.delattr(EmulatedOperators, "min_max")
+    monkeypatch.setattr(launch_paths, "SMALL", [c for c in launch_paths.SMALL if c.function != "min_max"])
+    monkeypatch.setitem(BELONGS_TO, "dorefa_gradient", "no_such_function")
+    assert lacking("min_max") == ["reference", "emulated operator", "launch path"]
+    assert lacking("dorefa_gradient") == ["function", "reference", "launch path", "benchmark"]
+    assert lacking("straight_through") == []
