@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.case import COPY, OURS, Candidate, Case, Workload
 from quantkernels import functional, reference
+from quantkernels._activation import ACTIVATIONS, by_torch
 
 CLAMP = "clamp"
 CLAMPS = "two clamps, autograd.Function"
@@ -564,6 +565,28 @@ def batch_norm_fake_quantize(setting: Setting) -> Case:
     return Case(workload, candidates, expected, _bytes(setting, 8, 3), FLOAT)
 
 
+def activation_fake_quantize(setting: Setting, activation: str) -> Case:
+    """A smooth activation, observation and fake quantization in one, against float's activation and the two apart."""
+    ways = _Ways.build(setting, FORWARD_BACKWARD, spread=3.0)
+    index = ACTIVATIONS.index(activation)
+    active = torch.tensor([-0.3, 6.0], device=setting.device)
+    pending = torch.tensor([math.inf, -math.inf], device=setting.device)
+
+    def through(module: ModuleType) -> peers.Function:
+        grid = (active, pending.clone(), _QUANT_MIN, _QUANT_MAX)
+        return lambda x: module.activation_fake_quantize(x, activation, *grid)
+
+    def apart(x: Tensor) -> Tensor:
+        return functional.observe_fake_quantize(by_torch(index, x), active, pending, _QUANT_MIN, _QUANT_MAX)
+
+    competition = {
+        FLOAT: Candidate(ways.run(lambda x: by_torch(index, x)), tolerance=None),
+        APART: Candidate(ways.run(apart), _ONE_LEVEL, optional=True),
+    }
+    op = f"{activation} + observe_fake_quantize"
+    return ways.case(op, through(functional), through(reference), _bytes(setting, 5, 2), competition, tolerance=1e-3)
+
+
 ONE_THREAD, ALL_THREADS = "1 thread", "all threads"
 THREADS_OP = "fake_quantize, threads"
 
@@ -609,6 +632,10 @@ GRID: dict[str, Builder] = {
     "batch_norm + relu6 + observe_fake_quantize": batch_norm_fake_quantize,
     "fake_quantize_learned": fake_quantize_learned,
     "fake_quantize_learned per channel": functools.partial(fake_quantize_learned, axis=0),
+    **{
+        f"{name} + observe_fake_quantize": functools.partial(activation_fake_quantize, activation=name)
+        for name in ACTIVATIONS
+    },
     "dorefa_weight": _in_phase(dorefa_weight, FORWARD_BACKWARD),
     "dorefa_activation": _in_phase(dorefa_activation, FORWARD_BACKWARD),
     "dorefa_gradient": dorefa_gradient,

@@ -13,6 +13,7 @@ from benchmarks import kernels, training_step
 from benchmarks.case import Case
 from benchmarks.kernels import AO, ATEN, COMPILED, EAGER, GRID, Setting
 from benchmarks.timing import Effort
+from quantkernels._activation import ACTIVATIONS
 
 Build = Callable[[], Case]
 
@@ -69,6 +70,7 @@ _QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
     "fake_quantize": {12: (ATEN, COMPILED), 16: (ATEN,), 20: (ATEN, COMPILED, EAGER), 22: (ATEN,)},
     "observe_fake_quantize": {16: (AO,), 20: (AO, EAGER), 22: (AO,)},
     "relu6 + observe_fake_quantize": {20: (AO,)},
+    **{f"{name} + observe_fake_quantize": {20: (kernels.FLOAT, kernels.APART)} for name in ACTIVATIONS},
     "fake_quantize_current": {16: (), 20: (EAGER,)},
     "fake_quantize_current per channel": {16: (), 20: (EAGER,)},
     "fake_quantize_learned": {20: ("fake_quantize", kernels.TORCH_LEARNABLE)},

@@ -187,4 +187,23 @@ struct BatchNormGradientJob {
   void* grad_bias;    // [channels]
 };
 
+// An activation that is smooth, then the quantization of a whole tensor: its input and output are those of the job.
+enum class Activation : int32_t { kHardswish, kSilu, kGelu, kGeluTanh };
+
+struct ActivationJob {
+  AffineJob quantization;
+  Activation activation;
+};
+
+// grad_input = mask ? grad_output times the activation's derivative at input : 0.
+struct ActivationGradientJob {
+  DType dtype;
+  Activation activation;
+  const void* grad_output;
+  const void* input;
+  const uint8_t* mask;
+  void* grad_input;
+  int64_t numel;
+};
+
 }  // namespace qk

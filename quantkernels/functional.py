@@ -20,6 +20,8 @@ from torch.autograd import forward_ad as _forward
 from torch.jit import _trace as _jit
 
 from quantkernels import _autograd
+from quantkernels._activation import ACTIVATIONS, ActivationCall
+from quantkernels._activation import activation_fake_quantize as _activation_fake_quantize
 from quantkernels._autograd import (
     MASKED,
     LearnedGrid,
@@ -35,6 +37,7 @@ from quantkernels._ops import fail
 from quantkernels.grids import quant_range
 
 __all__ = [
+    "activation_fake_quantize",
     "batch_norm_fake_quantize",
     "begin_step",
     "dorefa_activation",
@@ -575,3 +578,49 @@ def batch_norm_fake_quantize(
     grid = (quant_min, quant_max, symmetric, *_operator_bounds(bounds))
     call = _autograd.BatchNormCall(running_mean, running_var, active, pending, not training, momentum, eps, grid)
     return _autograd.batch_norm_fake_quantize(input, weight, bias, call)
+
+
+def activation_fake_quantize(
+    input: Tensor,
+    activation: str,
+    active: Tensor,
+    pending: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """A smooth activation, observation and fake quantization in one operator.
+
+    ``fake_quantize(activation(x))`` with the range `active`, while `pending` is widened by the extrema of
+    ``activation(x)``. The gradient is the activation's behind the straight-through mask, and zero where that is zero;
+    all that is kept for it is the input, as torch's activations keep it, and one bit per element. On other devices than
+    the CPU, and under transforms, these are torch's activation and the quantizer's operator, one after the other.
+
+    Args:
+        input: any shape; float32, float64, float16 or bfloat16. The half formats are rounded once, at the end.
+        activation: 'hardswish', 'silu', 'gelu' or 'gelu_tanh' (GELU's approximation).
+        active: float32 [2]: the range that this step quantizes with; with (0, 0) nothing is quantized.
+        pending: float32 [2]: this step's extrema so far; None to observe nothing. Mutated.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        symmetric: the zero point is fixed to the middle of the grid.
+        inplace: write the result into `input`, of which a copy is kept for the backward, as torch does it.
+
+    Returns:
+        The fake-quantized tensor, of the shape and dtype of `input`.
+
+    Raises:
+        ValueError: `activation` is none of these.
+        RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
+
+    Source: Howard et al. 2019, arXiv 1905.02244; Elfwing et al. 2017, arXiv 1702.03118; Hendrycks and Gimpel 2016,
+    arXiv 1606.08415; Jacob et al. 2018, arXiv 1712.05877.
+    """
+    if activation not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        fail("activation_fake_quantize", "activation", f"one of {known}", repr(activation), ValueError)
+    grid = (quant_min, quant_max, symmetric)
+    call = ActivationCall(active, pending, ACTIVATIONS.index(activation), grid)
+    return _activation_fake_quantize(input, call, inplace)

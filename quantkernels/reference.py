@@ -16,6 +16,7 @@ from torch import Tensor
 from quantkernels.functional import Bounds, _divide, qparams, quant_range
 
 __all__ = [
+    "activation_fake_quantize",
     "batch_norm_fake_quantize",
     "begin_step",
     "dorefa_activation",
@@ -475,3 +476,62 @@ def batch_norm_fake_quantize(
     largest = torch.finfo(input.dtype).max
     output = y.detach().clamp(-largest, largest).to(input.dtype)
     return _apply(_BatchNormGradient, input, weight, bias, output, passes != 0, mean, inverse_std, training)
+
+
+def _smooth(x: Tensor, activation: str) -> Tensor:
+    """The activation, computed in float64 and rounded once to the dtype of `x`."""
+    wide = x.double()
+    if activation == "hardswish":
+        value = wide * (wide + 3).clamp(0, 6) / 6
+    elif activation == "silu":
+        value = wide * torch.sigmoid(wide)
+    elif activation == "gelu":
+        value = wide * 0.5 * torch.special.erfc(-wide * math.sqrt(0.5))
+    else:
+        value = wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))
+    return value.to(x.dtype)
+
+
+class _ActivationGradient(torch.autograd.Function):
+    """Forwards `output`; the gradient is that of the activation where `passes`, else zero."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, activation: str, output: Tensor, passes: Tensor) -> Tensor:
+        ctx.save_for_backward(input, passes)
+        ctx.activation = activation
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        input, passes = ctx.saved_tensors
+        x = input.detach().double().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(_smooth(x, ctx.activation), x, grad_outputs[0].double())
+        return torch.where(passes, gradient, 0.0).to(input.dtype), None, None, None
+
+
+def activation_fake_quantize(
+    input: Tensor,
+    activation: str,
+    active: Tensor,
+    pending: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """See :func:`quantkernels.functional.activation_fake_quantize`."""
+    smooth = _smooth(_widen(input.detach()), activation).requires_grad_()
+    grid = (quant_min, quant_max)
+    with torch.enable_grad():
+        if pending is None:
+            y = fake_quantize_in_range(smooth, active, *grid, symmetric=symmetric)
+        else:
+            y = observe_fake_quantize(smooth, active, pending, *grid, symmetric=symmetric)
+    (passes,) = torch.autograd.grad(y, smooth, torch.ones_like(y))
+    largest = torch.finfo(input.dtype).max
+    output = torch.where(y.detach().isinf(), y.detach(), y.detach().clamp(-largest, largest)).to(input.dtype)
+    kept = input.clone() if inplace else input
+    result = _apply(_ActivationGradient, kept, activation, output, passes != 0)
+    return input.copy_(result) if inplace else result

@@ -22,6 +22,7 @@ CHECKS = (
     "thresholds_float64",
     "division_by_levels",
     "tanh_accuracy",
+    "activation_accuracy",
     "philox_known_answers",
     "philox_streams",
 )

@@ -20,7 +20,7 @@ def run(tier: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("file", ["test_functional.py", "test_batch_norm.py"])
+@pytest.mark.parametrize("file", ["test_functional.py", "test_batch_norm.py", "test_activation.py"])
 @pytest.mark.parametrize("tier", TIERS)
 def test_tier_against_the_reference(tier: str, file: str) -> None:
     """The whole of a file again, in a process that runs on this tier."""
@@ -28,6 +28,31 @@ def test_tier_against_the_reference(tier: str, file: str) -> None:
         pytest.skip("the tier of this process: the file itself covers it")
     result = run(tier, "-m", "pytest", "-q", "-x", "-k", "not compile", str(Path(__file__).with_name(file)))
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+_ACTIVATIONS = """
+import hashlib, math, torch
+from quantkernels import functional
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    x = (torch.randn(40003, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 4).to(dtype)
+    x.requires_grad_()
+    for activation in ("hardswish", "silu", "gelu", "gelu_tanh"):
+        for active in ((0.0, 0.0), (-0.3, 2.5)):
+            pending = torch.tensor([math.inf, -math.inf])
+            y = functional.activation_fake_quantize(x, activation, torch.tensor(active), pending, 0, 255)
+            (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            for result in (y.detach(), gradient, pending):
+                digest.update(result.view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_tiers_agree_on_smooth_activations() -> None:
+    """Whose reference is exp in float64: the tiers have to agree with one another to the bit."""
+    digests = [run(tier, "-c", _ACTIVATIONS).stdout.strip() for tier in TIERS]
+    assert len(digests[0]) == 64
+    assert digests == digests[:1] * len(digests)
 
 
 @pytest.mark.parametrize("tier", TIERS)

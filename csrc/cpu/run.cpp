@@ -15,6 +15,7 @@
 #include "../numerics/dorefa.h"
 #include "../numerics/extrema.h"
 #include "../numerics/half.h"
+#include "activation_kernels.h"
 #include "batch_norm_kernels.h"
 #include "kernels.h"
 
@@ -809,6 +810,42 @@ void run(const BatchNormJob& job, ParallelFor parallel_for) {
 void run(const BatchNormGradientJob& job, ParallelFor parallel_for) {
   if (job.dtype == DType::kFloat64) return BatchNormBackward<double>(job, parallel_for).run();
   return BatchNormBackward<float>(job, parallel_for).run();
+}
+
+namespace {
+
+const ActivationKernels& activation_kernels() {
+#if defined(__x86_64__)
+  if (&active_kernels() == &kAvx512Kernels) return kAvx512Activation;
+  if (&active_kernels() == &kAvx2Kernels) return kAvx2Activation;
+#endif
+  return kBaselineActivation;
+}
+
+template <class T>
+void quantize_activation(const ActivationJob& job, ParallelFor parallel_for) {
+  std::mutex widening;
+  const ActivationKernels& kernels = activation_kernels();
+  parallel_elements(parallel_for, job.quantization.view.numel(), kArithmeticGrain, [&](int64_t begin, int64_t end) {
+    ChannelExtrema<T> seen(1);
+    kernels.fake_quantize(job, {seen.min.data(), seen.max.data()}, begin, end);
+    if (job.quantization.pending == nullptr) return;
+    const std::lock_guard<std::mutex> lock(widening);
+    widen_pending(job.quantization, seen);
+  });
+}
+
+}  // namespace
+
+void run(const ActivationJob& job, ParallelFor parallel_for) {
+  if (job.quantization.dtype == DType::kFloat64) return quantize_activation<double>(job, parallel_for);
+  return quantize_activation<float>(job, parallel_for);
+}
+
+void run(const ActivationGradientJob& job, ParallelFor parallel_for) {
+  const ActivationKernels& kernels = activation_kernels();
+  parallel_elements(parallel_for, job.numel, kArithmeticGrain,
+                    [&](int64_t begin, int64_t end) { kernels.gradient(job, begin, end); });
 }
 
 }  // namespace qk::cpu

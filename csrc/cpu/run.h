@@ -32,5 +32,7 @@ void run(const DoReFaActivationJob& job, ParallelFor parallel_for);
 void run(const DoReFaGradientJob& job, ParallelFor parallel_for);
 void run(const BatchNormJob& job, ParallelFor parallel_for);
 void run(const BatchNormGradientJob& job, ParallelFor parallel_for);
+void run(const ActivationJob& job, ParallelFor parallel_for);
+void run(const ActivationGradientJob& job, ParallelFor parallel_for);
 
 }  // namespace qk::cpu

@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from quantkernels._ops import is_recomputing
+from quantkernels.nn.activation import SMOOTH, ActivationFakeQuantize
 from quantkernels.nn.batch_norm import (
     FROZEN,
     BatchNormFakeQuantize,
@@ -43,6 +45,7 @@ from quantkernels.quantizers.config import (
     deciding_entry,
     named_modules,
     parse_config_list,
+    user_class,
 )
 from quantkernels.quantizers.summary import Summary, summarize
 
@@ -109,10 +112,13 @@ class Quantizer(abc.ABC):
             quantized model on it, in evaluation mode, sets the ranges from it, and leaves the model as it was if that
             fails. A model with batch norms runs on it in float before, which shows what stands around each of them.
         fuse: compute a batch norm and the quantized activation behind it, or its own quantized output, in one operator:
-            those of an nn.Sequential, and with a `dummy_input` all that its run shows; `summary()` tells which. False
-            leaves them apart.
+            those of an nn.Sequential, and with a `dummy_input` all that its run shows; and an nn.Hardswish, nn.SiLU or
+            nn.GELU and the quantization of its output. `summary()` tells which. False leaves them apart.
         fold: quantize the weight of a convolution or linear layer as the one that is deployed, which has the batch norm
             behind it folded in, where one is found as for `fuse`. With a symmetric scheme per channel that is the same.
+        freeze_bn_step: the step of the model from which training normalises with the running statistics of every batch
+            norm, as after `freeze_bn()`; None for never. A state that is loaded decides anew, by its count of steps.
+            A compiled model whose whole forward is recomputed in the backward needs `optimizer` for it.
 
     Attributes:
         model: the model.
@@ -134,6 +140,7 @@ class Quantizer(abc.ABC):
         *,
         fuse: bool = True,
         fold: bool = True,
+        freeze_bn_step: int | None = None,
     ) -> None:
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -149,8 +156,12 @@ class Quantizer(abc.ABC):
         self.dummy_input = dummy_input
         self.fuse = fuse
         self.fold = fold
+        self.freeze_bn_step = _checked_step(name, freeze_bn_step)
+        self._steps = 0  # as the model's counter; what a forward decides by it must not wait for a device
+        self._has_frozen_bn = False
         self._folded: list[Chain] = []
         self.batch_norm_notes: list[str] = []
+        self.activation_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
         self.observers = Observers(())
         self.optimizer = None if optimizer is None else _innermost(name, optimizer)
@@ -217,6 +228,9 @@ class Quantizer(abc.ABC):
                 self._fold_batch_norms(chains)
             if self.fuse:
                 self._fuse_batch_norms(chains)
+                self._fuse_activations()
+            if self.freeze_bn_step is not None:
+                self._prepare_to_freeze_bn(self.freeze_bn_step)
             if self.optimizer is not None:
                 self._hook_optimizer()
             if self.dummy_input is not None:
@@ -260,6 +274,8 @@ class Quantizer(abc.ABC):
         self._optimizer_hook = None
         self.layers = []
         self.batch_norm_notes = []
+        self.activation_notes = []
+        self._steps, self._has_frozen_bn = 0, False
         self.observers = Observers(())
         chains, self._folded = self._folded, []
         for chain in chains if fold else ():
@@ -360,11 +376,10 @@ class Quantizer(abc.ABC):
         self._check_is_compressed("freeze_bn")
         for norm in _batch_norms(self.model):
             freeze_statistics(norm, True)
-            if vars(norm).get("_stand_in") is None:
-                layers_.put_stand_in(norm, FrozenBatchNorm())
+            _let_freeze(norm)
 
     def unfreeze_bn(self) -> None:
-        """Lets training normalise with the batch's statistics again."""
+        """Lets training normalise with the batch's statistics again, also after 'freeze_bn_step'."""
         self._check_is_compressed("unfreeze_bn")
         for norm in _batch_norms(self.model):
             freeze_statistics(norm, False)
@@ -634,6 +649,46 @@ class Quantizer(abc.ABC):
             what = "its output's quantization" if activation is None else f"{names[activation]!r}"
             self.batch_norm_notes.append(f"batch norm {names[norm]!r} is computed in one operator with {what}")
 
+    def _fuse_activations(self) -> None:
+        """Lets smooth activations compute the quantization of their output."""
+        for layer in self.layers:
+            quantizer = layer.quantizers.get("output")
+            if user_class(layer.module) not in SMOOTH or quantizer is None:
+                continue
+            if set(layer.quantizers) <= {"input", "output"} and isinstance(quantizer, FakeQuantize):
+                layers_.put_stand_in(layer.module, ActivationFakeQuantize(quantizer))
+                what = "on a CPU in one operator with its output's quantization"
+            else:
+                what = "by itself: its output's quantizer has no observed range, or more of it is quantized"
+            self.activation_notes.append(f"activation {layer.name!r} is computed {what}")
+
+    def _prepare_to_freeze_bn(self, step: int) -> None:
+        for norm in _batch_norms(self.model):
+            _let_freeze(norm)
+        self._freeze_bn_by_steps()
+        self.batch_norm_notes.append(f"batch norms keep their running statistics from step {step} on")
+
+    def _freeze_bn_by_steps(self) -> None:
+        """Freezes the statistics, or lets them follow the batches, as the count of steps says."""
+        assert self.freeze_bn_step is not None
+        self._has_frozen_bn = self._steps >= self.freeze_bn_step
+        for norm in _batch_norms(self.model):
+            freeze_statistics(norm, self._has_frozen_bn)
+
+    def _freeze_bn_if_due(self) -> None:
+        """Freezes batch norms when their step has come: once, so that `unfreeze_bn` has its way.
+
+        Not in a recomputation, whose step has been counted already. (A compiled forward cannot tell: see `optimizer`.)
+        """
+        if self.freeze_bn_step is None or self._has_frozen_bn or self._steps < self.freeze_bn_step:
+            return
+        if torch.compiler.is_compiling() or not is_recomputing():
+            self._freeze_bn_by_steps()
+
+    def _count_step(self) -> None:
+        if self.freeze_bn_step is not None and (torch.compiler.is_compiling() or not is_recomputing()):
+            self._steps += 1
+
     def _build_weight(self, layer: QuantizedLayer) -> nn.Module:
         if not isinstance(layer.module, nn.MultiheadAttention):
             return self._build_on_device(layer, "weight")
@@ -680,6 +735,7 @@ class Quantizer(abc.ABC):
         with torch.no_grad():
             self.observers.end()
             self.observers.begin()
+        self._count_step()
 
     def _forward(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call of the model, whose own forward is `forward`."""
@@ -693,6 +749,7 @@ class Quantizer(abc.ABC):
             if not torch.compiler.is_compiling():
                 self._report_evaluation_without_ranges(model)
             return forward(model, *args, **kwargs)
+        self._freeze_bn_if_due()
         if observers.by_optimizer:
             if self._begins_with_forward:
                 observers.begin()
@@ -706,6 +763,7 @@ class Quantizer(abc.ABC):
             finally:
                 observers.in_step = False
             observers.end()
+            self._count_step()
         if not torch.compiler.is_compiling():
             self._report_what_never_ran()
         return result
@@ -780,6 +838,10 @@ class Quantizer(abc.ABC):
             scale = state_dict.get(f"{prefix}{name}.scale")
             if isinstance(module, LearnedFakeQuantize) and scale is not None:
                 module.has_range = _has_seen(scale.detach())
+        step = state_dict.get(f"{prefix}{STEP}")
+        if self.freeze_bn_step is not None and step is not None and not step.is_meta:
+            self._steps = int(step)
+            self._freeze_bn_by_steps()
         self._has_reported_evaluation = False
         self._begins_with_forward = self.observers.by_optimizer
 
@@ -826,6 +888,20 @@ class Quantizer(abc.ABC):
 def _batch_norms(model: nn.Module) -> list[Any]:
     """All that normalise with running statistics, of several processes or of one."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def _let_freeze(norm: nn.Module) -> None:
+    """Makes the forward of `norm` one that knows of frozen statistics."""
+    if vars(norm).get("_stand_in") is None:
+        layers_.put_stand_in(norm, FrozenBatchNorm())
+
+
+def _checked_step(name: str, step: object) -> int | None:
+    if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
+        raise TypeError(f"{name}: expected `freeze_bn_step` to be an int or None, but got {step!r}")
+    if step is not None and step < 0:
+        raise ValueError(f"{name}: expected `freeze_bn_step` to be at least 0, but got {step}")
+    return step
 
 
 def _one_operator(layer: QuantizedLayer | None, is_norm: bool) -> tuple[FakeQuantize | None, str]:

@@ -41,8 +41,8 @@ class DoReFaQuantizer(Quantizer):
     Args:
         model: the network; instrumented in place by `compress()`.
         config_list: list of entries.
-        optimizer: taken for NNI's sake; nothing here knows steps.
-        dummy_input: see Quantizer.
+        optimizer: its steps are those that `freeze_bn_step` counts; nothing else here knows steps.
+        dummy_input, freeze_bn_step: see Quantizer.
         seed: of the gradients' noise, 0 to 2**31 - 1; every layer derives its own from it.
 
     Raises:
@@ -59,8 +59,9 @@ class DoReFaQuantizer(Quantizer):
         dummy_input: Batch | None = None,
         *,
         seed: int = 0,
+        freeze_bn_step: int | None = None,
     ) -> None:
-        super().__init__(model, config_list, optimizer, dummy_input)
+        super().__init__(model, config_list, optimizer, dummy_input, freeze_bn_step=freeze_bn_step)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"DoReFaQuantizer: expected `seed` to be an int, but got {seed!r}")
         if not 0 <= seed < 2**31:

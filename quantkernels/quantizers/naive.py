@@ -22,8 +22,8 @@ class NaiveQuantizer(Quantizer):
             entries as QAT_Quantizer has them, where 'quant_types' can only be ['weight'] and may be left out, as may
             'quant_bits' (8), 'quant_dtype' ('int') and 'quant_scheme' ('per_tensor_symmetric'); there is no
             'quant_start_step'.
-        optimizer: taken for NNI's sake; current ranges know no steps.
-        dummy_input: see Quantizer.
+        optimizer: its steps are those that `freeze_bn_step` counts; current ranges know none.
+        dummy_input, freeze_bn_step: see Quantizer.
 
     Raises:
         TypeError, ValueError: see Quantizer.
@@ -37,9 +37,11 @@ class NaiveQuantizer(Quantizer):
         config_list: object = None,
         optimizer: torch.optim.Optimizer | None = None,
         dummy_input: Batch | None = None,
+        *,
+        freeze_bn_step: int | None = None,
     ) -> None:
         entries = [{"op_types": "default"}] if config_list is None else config_list
-        super().__init__(model, entries, optimizer, dummy_input)
+        super().__init__(model, entries, optimizer, dummy_input, freeze_bn_step=freeze_bn_step)
 
     def build_quantizer(self, layer: QuantizedLayer, quant_type: QuantType) -> nn.Module:
         """See Quantizer."""

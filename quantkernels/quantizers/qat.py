@@ -55,7 +55,7 @@ class QAT_Quantizer(Quantizer):
     Args:
         model: the network; instrumented in place by `compress()`.
         config_list: list of entries.
-        optimizer, dummy_input: see Quantizer.
+        optimizer, dummy_input, fuse, fold, freeze_bn_step: see Quantizer.
 
     Raises:
         TypeError, ValueError: see Quantizer.

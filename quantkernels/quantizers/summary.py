@@ -37,7 +37,7 @@ def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, An
         elif module.module not in ours and _has_weights(module.module):
             rows.append(SummaryRow(module.names[0], module.op_type, "-", status=_why_not(quantizer, module)))
     notes = config_notes(quantizer.entries, modules)
-    return Summary(tuple(rows), (*notes, *quantizer.batch_norm_notes))
+    return Summary(tuple(rows), (*notes, *quantizer.batch_norm_notes, *quantizer.activation_notes))
 
 
 def _rows_of_layer(

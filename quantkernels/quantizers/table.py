@@ -44,7 +44,8 @@ class Summary(Sequence[SummaryRow]):
 
     Attributes:
         rows: in the model's order.
-        notes: sentences about entries that decide less than they seem to, and about what each batch norm runs with.
+        notes: sentences about entries that decide less than they seem to, and about what each batch norm and smooth
+            activation runs with.
     """
 
     rows: tuple[SummaryRow, ...]

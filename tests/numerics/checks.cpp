@@ -7,6 +7,7 @@
 #include <random>
 #include <string>
 
+#include "activation.h"
 #include "affine.h"
 #include "dorefa.h"
 #include "half.h"
@@ -218,6 +219,79 @@ void tanh_accuracy() {
   expect(std::isnan(qk::hyperbolic_tangent(NAN)), "tanh of NaN", 0);
 }
 
+// What the activations and their derivatives are, in float64; erfc has no cancellation, and neither has 1 / (1 + exp).
+double exact_activation(qk::Activation activation, double x) {
+  const double v = 1.5957691216057308 * (x + 0.044715 * x * x * x);
+  switch (activation) {
+    case qk::Activation::kHardswish:
+      return x <= -3 ? 0 : x >= 3 ? x : x * (x + 3) / 6;
+    case qk::Activation::kSilu:
+      return x / (1 + std::exp(-x));
+    case qk::Activation::kGelu:
+      return x * 0.5 * std::erfc(-x * 0.7071067811865476);
+    default:
+      return x / (1 + std::exp(-v));
+  }
+}
+double exact_derivative(qk::Activation activation, double x) {
+  const double v = 1.5957691216057308 * (x + 0.044715 * x * x * x);
+  const double slope = 1.5957691216057308 * (1 + 3 * 0.044715 * x * x);
+  const double p = 1 / (1 + std::exp(activation == qk::Activation::kSilu ? -x : -v));
+  switch (activation) {
+    case qk::Activation::kHardswish:
+      return x <= -3 ? 0 : x >= 3 ? 1 : x / 3 + 0.5;
+    case qk::Activation::kSilu:
+      return p + x * p * (1 - p);
+    case qk::Activation::kGelu:
+      return 0.5 * std::erfc(-x * 0.7071067811865476) + x * 0.3989422804014327 * std::exp(-0.5 * x * x);
+    default:
+      return p + (p == 0 || p == 1 ? 0 : x * p * (1 - p) * slope);
+  }
+}
+
+template <qk::Activation activation>
+void activation_accuracy_of(const char* name, double units) {
+  double worst = 0, worst_derivative = 0;
+  const auto check = [&](uint32_t bits) {
+    const float x = bits_to_float(bits);
+    const double exact = exact_activation(activation, static_cast<double>(x));
+    const double v = activation == qk::Activation::kGeluTanh ? 1.6 * std::fabs(x) * (1 + 0.045 * double(x) * x) : 0;
+    const double unit = std::ldexp(std::fabs(exact), -23);
+    const double error = std::fabs(static_cast<double>(qk::activated<activation>(x)) - exact);
+    const double allowed = (units + (x < 0 ? 2 * v : 0)) * unit + 0x1p-100;
+    expect(error <= allowed, name, x, error / unit, exact);
+    worst = std::max(worst, error / allowed * units);
+    const double slope = static_cast<double>(qk::activation_derivative<activation>(x));
+    const double off = std::fabs(slope - exact_derivative(activation, static_cast<double>(x)));
+    expect(off <= 0x1p-21, "derivative", x, off * 0x1p21, slope);
+    worst_derivative = std::max(worst_derivative, off);
+  };
+  for (uint32_t bits = 0x20000000u; bits < 0x7f800000u; bits += bits < 0x43000000u ? 61 : 65521) {
+    check(bits);
+    check(bits | 0x80000000u);
+  }
+  for (const float x : {0.0f, 1e-45f, 1e-38f, 3.0f, 12.0f, 13.19f, 14.0f, 87.0f, 1e30f, 3.4e38f}) {
+    check(qk::bit_cast<uint32_t>(x));
+    check(qk::bit_cast<uint32_t>(-x));
+  }
+  expect(std::isnan(qk::activated<activation>(static_cast<float>(NAN))), "activation of NaN", 0);
+  expect(qk::activated<activation>(INFINITY) == INFINITY, "activation of infinity", 0);
+  for (int i = -4000; i <= 4000; ++i) {  // float64 is another statement
+    const double x = i * 0.01;
+    expect(std::fabs(qk::activated<activation>(x) - exact_activation(activation, x)) <= 1e-14 * (1 + std::fabs(x)),
+           name, x);
+    expect(std::fabs(qk::activation_derivative<activation>(x) - exact_derivative(activation, x)) <= 1e-13, name, x);
+  }
+  std::printf("%s: %g of %g units, derivative %g of 2^-21\n", name, worst, units, worst_derivative * 0x1p21);
+}
+
+void activation_accuracy() {
+  activation_accuracy_of<qk::Activation::kHardswish>("hardswish", 3);
+  activation_accuracy_of<qk::Activation::kSilu>("silu", 3);
+  activation_accuracy_of<qk::Activation::kGelu>("gelu", 5);
+  activation_accuracy_of<qk::Activation::kGeluTanh>("gelu_tanh", 5);
+}
+
 // Known answers published with Random123 (kat_vectors, philox4x32 10).
 void philox_known_answers() {
   struct Answer {
@@ -278,6 +352,7 @@ const std::map<std::string, std::function<void()>> kChecks = {
     {"thresholds_float64", thresholds<double>},
     {"division_by_levels", division_by_levels},
     {"tanh_accuracy", tanh_accuracy},
+    {"activation_accuracy", activation_accuracy},
     {"philox_known_answers", philox_known_answers},
     {"philox_streams", philox_streams},
 };

@@ -1,0 +1,177 @@
+"""Owns the operator of smooth activations behind which a tensor is fake-quantized: schema, fake, and derivatives."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.nn import functional as F
+
+from quantkernels._autograd import (
+    apply,
+    bump_versions,
+    check_writable,
+    composing,
+    masked,
+    needs_grad,
+    straight_through,
+    transforming,
+)
+from quantkernels._ops import (
+    _GRID,
+    _OUTPUT,
+    _check_contiguous,
+    _check_dtype,
+    _check_floating,
+    _check_range,
+    _check_same_device,
+    _define,
+    _empty_like,
+    _empty_mask,
+    _Quantization,
+    _shape,
+    fail,
+    memory_format_index,
+)
+
+ACTIVATIONS = ("hardswish", "silu", "gelu", "gelu_tanh")
+"""The activations by name; an operator's ``activation`` argument is an index into them."""
+
+_raw: Any = torch.ops.quantkernels
+_FORWARD, _BACKWARD = "activation_fake_quantize", "activation_fake_quantize_backward"
+
+
+def _check_activation(op: str, activation: int) -> None:
+    if not 0 <= activation < len(ACTIVATIONS):
+        known = [f"{index} ({name})" for index, name in enumerate(ACTIVATIONS)]
+        fail(op, "activation", f"{', '.join(known[:-1])} or {known[-1]}", activation)
+
+
+@_define(
+    f"{_FORWARD}(Tensor input, Tensor active, Tensor(a!)? pending, int activation, {_GRID}, bool symmetric) "
+    f"-> {_OUTPUT}"
+)
+def _(
+    input: Tensor,
+    active: Tensor,
+    pending: Tensor | None,
+    activation: int,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    ranges = {name: tensor for name, tensor in (("active", active), ("pending", pending)) if tensor is not None}
+    for name, tensor in ranges.items():
+        _check_same_device(_FORWARD, name, tensor, input)
+    _check_floating(_FORWARD, "input", input)
+    for name, tensor in ranges.items():
+        _check_dtype(_FORWARD, name, tensor, torch.float32)
+    for name, tensor in ranges.items():
+        _check_range(_FORWARD, name, tensor, 1)
+        _check_contiguous(_FORWARD, name, tensor)
+    _check_activation(_FORWARD, activation)
+    _Quantization(quant_min, quant_max, symmetric).check(_FORWARD)
+    return _empty_like(input), _empty_mask(input)
+
+
+@_define(f"{_BACKWARD}(Tensor grad_output, Tensor input, Tensor mask, int activation) -> Tensor")
+def _(grad_output: Tensor, input: Tensor, mask: Tensor, activation: int) -> Tensor:
+    for name, tensor in (("grad_output", grad_output), ("mask", mask)):
+        _check_same_device(_BACKWARD, name, tensor, input)
+    _check_floating(_BACKWARD, "input", input)
+    _check_dtype(_BACKWARD, "grad_output", grad_output, input.dtype)
+    _check_dtype(_BACKWARD, "mask", mask, torch.uint8)
+    if grad_output.shape != input.shape:
+        fail(_BACKWARD, "grad_output", f"of shape {_shape(input)}", _shape(grad_output))
+    if mask.dim() != 1 or mask.numel() != (input.numel() + 7) // 8:
+        fail(_BACKWARD, "mask", f"of shape [{(input.numel() + 7) // 8}]", _shape(mask))
+    _check_activation(_BACKWARD, activation)
+    return _empty_like(input)
+
+
+def by_torch(activation: int, input: Tensor) -> Tensor:
+    """The activation by torch's own operators."""
+    name = ACTIVATIONS[activation]
+    if name.startswith("gelu"):
+        return F.gelu(input, approximate="tanh" if name == "gelu_tanh" else "none")
+    return F.silu(input) if name == "silu" else F.hardswish(input)
+
+
+class ActivationCall(NamedTuple):
+    """The arguments of the operator behind its input.
+
+    Attributes:
+        active: what is quantized with.
+        pending: widened by the extrema; None to observe nothing.
+        activation: an index into ACTIVATIONS.
+        grid: quant_min, quant_max, symmetric.
+    """
+
+    active: Tensor
+    pending: Tensor | None
+    activation: int
+    grid: tuple[int, int, bool]
+
+    def run(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(output, mask) of the raw operator."""
+        output, mask = _raw.activation_fake_quantize(input, self.active, self.pending, self.activation, *self.grid)
+        if self.pending is not None:
+            bump_versions([self.pending])
+        return output, mask
+
+    def apart(self, input: Tensor) -> Tensor:
+        """By torch's activation and the quantizer's operator, one after the other."""
+        activated, grid = by_torch(self.activation, input), (*self.grid, None, None, None)
+        if self.pending is None:
+            return masked("fake_quantize_in_range", activated, False, (self.active, *grid))
+        return masked("observe_fake_quantize", activated, False, (self.active, self.pending, *grid))
+
+
+class _ActivationFakeQuantize(Function):
+    """A smooth activation and fake quantization; keeps the input, as torch's activations do, and a bit an element."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, call: ActivationCall, inplace: bool) -> Tensor:
+        kept = input.clone() if inplace else input
+        output, mask = call.run(kept)
+        ctx.save_for_backward(kept, mask)
+        ctx.activation = call.activation
+        if inplace:
+            ctx.mark_dirty(input)
+            input.copy_(output)
+            return input
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        input, mask = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        if transforming() or (torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()):
+            # Composed of torch's operators, for derivatives of the gradient.
+            passing = straight_through(grad_output, mask, memory_format_index(input))
+            with torch.enable_grad():
+                smooth = by_torch(ctx.activation, input)
+            return torch.autograd.grad(smooth, input, passing, create_graph=True)[0], None, None
+        return _raw.activation_fake_quantize_backward(grad_output, input, mask, ctx.activation), None, None
+
+
+def activation_fake_quantize(input: Tensor, call: ActivationCall, inplace: bool) -> Tensor:
+    """The activation and what follows it, as one operator on the CPU; elsewhere, and under transforms, as two."""
+    for name in ("active", "pending"):
+        constant = getattr(call, name)
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            fail(_FORWARD, name, "a constant", "a tensor that requires a gradient, which this operator does not have")
+    recorded = needs_grad(input)
+    if inplace and torch.compiler.is_dynamo_compiling():  # the copies are functionalized to nothing
+        return input.copy_(activation_fake_quantize(input.clone(), call, False))
+    if inplace:
+        check_writable(_FORWARD, input, recorded)
+    on_cpu = input.device.type in ("cpu", "meta")
+    if composing() or not on_cpu or (recorded and torch._C._get_tracing_state() is not None):
+        return input.copy_(call.apart(input.clone())) if inplace else call.apart(input)
+    if recorded:
+        return apply(_ActivationFakeQuantize, input, call, inplace)  # type: ignore[no-any-return]
+    output = call.run(input)[0]
+    return input.copy_(output) if inplace else output
