@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import COPY, OURS, Measurement, Row, Workload, measure, rows_of, table_text, write_csv
-from benchmarks.kernels import AO, ATEN, CLAMP, COMPILED, EAGER, FORWARD, GRID, Setting
+from benchmarks.kernels import AO, ATEN, BATCH_NORM, CLAMP, COMPILED, EAGER, FLOAT, FORWARD, GRID, Setting
 from benchmarks.timing import Effort
 from quantkernels import functional
 
@@ -50,7 +50,7 @@ def settings(device: str) -> Iterator[tuple[str, Setting]]:
     for exponent in (16, 18, 19, 21, 22):
         yield from at(exponent, "float32", *_AROUND_A_SWEEP)
     for dtype in ("float32", "bfloat16"):
-        yield from at(24, dtype, *_PER_CHANNEL, "observe_fake_quantize", layout="channels_last")
+        yield from at(24, dtype, *_PER_CHANNEL, "observe_fake_quantize", BATCH_NORM, layout="channels_last")
     for dtype in ("bfloat16", "float16", "float64"):
         yield from at(24, dtype, *GRID)
 
@@ -119,17 +119,17 @@ def _share_text(ours: Row, copy: Row, peer: Row | None) -> str:
 
 
 def summary_lines(rows: list[Row], device: str) -> list[str]:
-    """The forward operators at the largest size, and the host's time."""
+    """The forward operators and batch norm at the largest size, and the host's time."""
     lines = []
     by_workload: dict[tuple[str, str, str, str], dict[str, Row]] = {}
     for row in rows:
         if row.op == HOST_TIME:
             lines.append(f"  host, a call of {row.candidate}: {row.median_us:.2f} us")
-        elif row.numel == 2 ** LARGEST[device] and row.phase == FORWARD:
+        elif row.numel == 2 ** LARGEST[device] and (row.phase == FORWARD or row.op == BATCH_NORM):
             by_workload.setdefault((row.op, row.phase, row.dtype, row.layout), {})[row.candidate] = row
     for candidates in by_workload.values():
         if {OURS, COPY} <= candidates.keys():
-            peer = next((candidates[name] for name in (ATEN, AO, "torch.aminmax") if name in candidates), None)
+            peer = next((candidates[name] for name in (ATEN, AO, "torch.aminmax", FLOAT) if name in candidates), None)
             lines.append(_share_text(candidates[OURS], candidates[COPY], peer))
     return lines
 

@@ -16,6 +16,7 @@ from benchmarks import peers
 from benchmarks.case import COPY, OURS, Candidate, Case, Workload
 from quantkernels import functional, reference
 from quantkernels._activation import ACTIVATIONS, by_torch
+from quantkernels._ops import statistics_dtype
 
 CLAMP = "clamp"
 CLAMPS = "two clamps, autograd.Function"
@@ -515,6 +516,7 @@ def dorefa_gradient(setting: Setting) -> Case:
 
 
 FLOAT, APART = "float", "apart"
+BATCH_NORM = "batch_norm + relu6 + observe_fake_quantize"
 
 
 def batch_norm_fake_quantize(setting: Setting) -> Case:
@@ -522,13 +524,13 @@ def batch_norm_fake_quantize(setting: Setting) -> Case:
     shape = image_shape(setting.numel)
     x = _input(setting, shape if len(shape) > 1 else (*shape, 1), spread=2.0).requires_grad_()
     g = torch.ones_like(x) * 0.5
-    channels = x.shape[1]
-    leaves = [x, *(torch.full((channels,), v, device=x.device, requires_grad=True) for v in (1.0, 0.1))]
+    channels, dtype = x.shape[1], statistics_dtype(x.dtype)
+    leaves = [x, *(torch.full((channels,), v, device=x.device, dtype=dtype, requires_grad=True) for v in (1.0, 0.1))]
     active = torch.tensor([0.0, 4.0], device=x.device)
     bounds = (0.0, 6.0)
 
     def differentiated(function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-        running = [torch.zeros(channels, device=x.device), torch.ones(channels, device=x.device)]
+        running = [torch.full((channels,), v, device=x.device, dtype=dtype) for v in (0.0, 1.0)]
         pending = torch.tensor([math.inf, -math.inf], device=x.device)
 
         def run() -> tuple[Tensor, ...]:
@@ -559,9 +561,10 @@ def batch_norm_fake_quantize(setting: Setting) -> Case:
         ),
         OURS: Candidate(differentiated(fused(functional)), tolerance=1e-5),
         APART: Candidate(differentiated(apart), tolerance=None),
+        **_memory_speed(x),
     }
     expected = differentiated(fused(reference))
-    workload = setting.workload("batch_norm + relu6 + observe_fake_quantize", FORWARD_BACKWARD)
+    workload = setting.workload(BATCH_NORM, FORWARD_BACKWARD)
     return Case(workload, candidates, expected, _bytes(setting, 8, 3), FLOAT)
 
 
@@ -629,7 +632,7 @@ GRID: dict[str, Builder] = {
     "relu6 + observe_fake_quantize": _relu6_observe_fake_quantize,
     "fake_quantize_current": fake_quantize_current,
     "fake_quantize_current per channel": functools.partial(fake_quantize_current, axis=0),
-    "batch_norm + relu6 + observe_fake_quantize": batch_norm_fake_quantize,
+    BATCH_NORM: batch_norm_fake_quantize,
     "fake_quantize_learned": fake_quantize_learned,
     "fake_quantize_learned per channel": functools.partial(fake_quantize_learned, axis=0),
     **{

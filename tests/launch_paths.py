@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkernels import functional, reference
+from quantkernels._ops import statistics_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
@@ -26,6 +27,11 @@ FLAT = (((1,), None), ((9,), None), ((1000,), None), ((5003,), None))
 CHANNELS = (
     *(((3, 50), 0), ((40, 7), 1), ((5, 300, 9), 1), ((2, 64, 16), 1)),
     *(((2, 3, 67), 1), ((2, 3, 1040), 1), ((2, 3, 1001), 1), ((1, 300, 72), 1), ((1, 300, 71), 1)),
+)
+# The smallest of the above that batch norm takes, and more elements of a channel than one slice has.
+NORMED = (
+    *(((40, 7), 1), ((5, 300, 9), 1), ((2, 64, 16), 1), ((2, 3, 67), 1)),
+    *(((2, 3, 1040), 1), ((2, 3, 1001), 1), ((2500, 3), 1), ((3, 2, 9000), 1)),
 )
 SAMPLES = (((64, 8), None), ((6, 999), None), ((3, 208), None))
 BIG = (((300_007,), None),)
@@ -83,6 +89,11 @@ def ending(_: int) -> tuple[Any, ...]:
     return states, pending, [0.01] * len(states), step
 
 
+def normalising(channels: int) -> tuple[Any, ...]:
+    running = torch.linspace(-0.2, 0.3, channels), torch.linspace(0.5, 2.0, channels)
+    return *running, torch.linspace(-1.5, 1.5, channels), torch.linspace(-0.5, 0.5, channels)
+
+
 def rng_state(channels: int) -> tuple[Any, ...]:
     return torch.tensor([5, 7]), 4
 
@@ -97,6 +108,8 @@ class Case:
         misaligned: the input begins an element past where a vector may begin.
         needs_grad: the gradient is computed, and compared too.
         has_input: the first argument is a tensor of the shape; without, the arguments are all.
+        statistics: tensors of the dtype of batch norm's statistics, in front of the other arguments. Such a function
+            knows the axis, and its ranges are per tensor.
     """
 
     function: str
@@ -107,7 +120,10 @@ class Case:
     misaligned: bool = False
     needs_grad: bool = True
     has_input: bool = True
+    statistics: Arguments | None = None
 
+
+NORM = "batch_norm_fake_quantize"
 
 SMALL = (
     Case("fake_quantize", FLAT, lambda _: (0.1, 3, 0, 255)),
@@ -135,6 +151,11 @@ SMALL = (
     Case("dorefa_gradient", (*FLAT, *SAMPLES), rng_state),
     Case("dorefa_gradient", (*FLAT, *SAMPLES), rng_state, misaligned=True),
     Case("dorefa_gradient", (((0, 3), None),), rng_state),
+    Case(NORM, NORMED, observer, {"bounds": (0.0, 1.0)}, 1e-5, statistics=normalising),
+    Case(NORM, NORMED, observer, {"bounds": (0.0, 1.0)}, 1e-5, misaligned=True, statistics=normalising),
+    Case(NORM, NORMED, observer, {"training": False}, 1e-5, statistics=normalising),
+    Case(NORM, NORMED, observer, {"training": False}, 1e-5, misaligned=True, statistics=normalising),
+    Case(NORM, (((0, 3), 1),), observer, {"training": False}, statistics=normalising),
 )
 """A launch path a line."""
 
@@ -147,6 +168,8 @@ LARGE = (
     Case("dorefa_weight", BIG, lambda _: (1,), tolerance=1e-12),
     Case("dorefa_weight", BIG, lambda _: (4,), tolerance=1e-2),
     Case("dorefa_gradient", BIG_SAMPLES, rng_state),
+    Case(NORM, BIG_CHANNELS, observer, {"bounds": (0.0, 1.0)}, 1e-5, statistics=normalising),
+    Case(NORM, BIG_CHANNELS, observer, {"training": False}, 1e-5, statistics=normalising),
 )
 
 
@@ -173,9 +196,12 @@ def _run(module: Any, case: Case, x: Tensor, gradient: Tensor, axis: int | None,
     """The results, the gradient if there is one, and the arguments as the call leaves them."""
     leaf = x.to(device, copy=True)
     leaf = (_misalign(leaf) if case.misaligned else leaf).requires_grad_(case.needs_grad)
-    arguments = _moved(case.arguments(1 if axis is None else x.shape[axis]), device)
+    channels = 1 if axis is None else x.shape[axis]
+    arguments = _moved(case.arguments(1 if case.statistics else channels), device)
     options = dict(zip(case.options, _moved(case.options.values(), device), strict=True))
-    if axis is not None:
+    if case.statistics:
+        arguments = [s.to(device, statistics_dtype(x.dtype)) for s in case.statistics(channels)] + arguments
+    elif axis is not None:
         options["axis"] = axis
     results = getattr(module, case.function)(*([leaf] if case.has_input else []), *arguments, **options)
     results = results if isinstance(results, tuple) else () if results is None else (results,)

@@ -47,4 +47,5 @@ def install(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
         operator = getattr(_autograd, name)
         monkeypatch.setattr(_autograd, name, operator._replace(eager=way(operator.traced)))
     monkeypatch.setattr(functional, "_per_tensor", ordinary["fake_quantize_per_tensor"][0])
-    monkeypatch.setattr(functional, "_raw", _Raw(way))
+    for module in (functional, _autograd):
+        monkeypatch.setattr(module, "_raw", _Raw(way))

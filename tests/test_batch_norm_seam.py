@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from quantkernels import QATQuantizer
 from quantkernels.nn import FakeQuantize
+from quantkernels.nn.batch_norm import BatchNormFakeQuantize
 
 CONFIG = [
     {
@@ -492,3 +494,12 @@ def test_folding_can_be_left_out() -> None:
     for each, fold in ((model, True), (other, False)):
         QATQuantizer(each, PER_TENSOR, fold=fold).compress()
     assert not torch.allclose(model.eval()(batch()), other.eval()(batch()))
+
+
+def test_a_gpu_is_not_refused() -> None:
+    """As far as can be told without one: on fake tensors."""
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), Operators() as seen:
+        y = BatchNormFakeQuantize(FakeQuantize(8), None)(nn.BatchNorm2d(6), torch.empty(3, 6, 5, 5))
+    assert y is not None
+    assert y.device.type == "cuda"
+    assert "batch_norm_fake_quantize" in seen.names

@@ -13,6 +13,19 @@ import cases
 import pytest
 import stand_in
 import torch
+from test_batch_norm import (  # noqa: F401  collected here once more, with the operators on the GPU
+    Call,
+    memory_formats,
+    normal,
+    test_any_strides,
+    test_equals_the_reference,
+    test_gradients_of_another_layout,
+    test_half_results_saturate,
+    test_statistics_are_within_four_ulp_of_float64,
+    test_what_is_not_finite_shows,
+    test_what_is_optional_may_be_missing,
+    test_without_quantization_equals_torch_in_float64,
+)
 from test_functional import (  # noqa: F401  collected here once more, with the operators on the GPU
     assert_same_bits,
     empty_pending,
@@ -90,7 +103,7 @@ class OperatorsOnGpu:
 def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if device.type != "cuda":
         pytest.skip("run with --device cuda")
-    if request.function.__module__ != "test_functional":
+    if request.function.__module__ not in ("test_functional", "test_batch_norm"):
         yield
         torch.cuda.synchronize()
         return
@@ -121,22 +134,39 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert y[:-1].abs().max().item() == 0.0
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("shape", [(64, 300), (8, 32, 28, 28), (4, 33, 7, 7)], ids=str)
+def test_batch_norm_is_the_same_on_every_run(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Blocks arrive in any order."""
+    for memory_format in memory_formats(shape):
+        call = Call.of(normal(shape, dtype).contiguous(memory_format=memory_format))
+        moved = Call(*(None if t is None else t.cuda() for t in vars(call).values()))  # type: ignore[arg-type]
+        first, *others = (moved.run(functional, bounds=(0.0, 6.0)) for _ in range(5))
+        for other in others:
+            for name, expected in first.items():
+                assert torch.equal(other[name], expected), name
+
+
 @dataclass(frozen=True)
 class TrainingStep:
-    """Observation, fake quantization and DoReFa's operators, forward and backward, on the GPU."""
+    """Observation, fake quantization, batch norm and DoReFa's operators, forward and backward, on the GPU."""
 
     known: Tensor
     active: Tensor
     pending: Tensor
     step: Tensor
     rng_state: Tensor
+    running: tuple[Tensor, Tensor]
     x: Tensor
     weight: Tensor
 
     def run(self) -> None:
         leaf, weight = self.x.clone().requires_grad_(), self.weight.clone().requires_grad_()
         functional.begin_step([self.known], [self.active], [self.pending], self.step, [0])
-        y = functional.observe_fake_quantize(leaf, self.active, self.pending, 0, 255, bounds=(0.0, 6.0))
+        ranges = self.active, self.pending
+        y = functional.batch_norm_fake_quantize(leaf, *self.running, None, None, *ranges, 0, 255)
+        y = functional.batch_norm_fake_quantize(y, *self.running, None, None, *ranges, 0, 255, training=False)
+        y = functional.observe_fake_quantize(y, *ranges, 0, 255, bounds=(0.0, 6.0))
         y = y * functional.fake_quantize_current(weight, -127, 127, symmetric=True, axis=0, active=self.active)
         y = functional.dorefa_gradient(y, self.rng_state, 4) * functional.dorefa_weight(weight, 4)
         functional.end_step([self.known], [self.pending], [0.01], self.step)
@@ -151,7 +181,8 @@ def step() -> TrainingStep:
     x, weight = (torch.randn(64, 1000, generator=generator).cuda() for _ in range(2))
     known, pending = torch.zeros(2).cuda(), empty_pending(None).cuda()
     step = torch.tensor(0).cuda()
-    return TrainingStep(known, known.clone(), pending, step, torch.tensor([1, 0]).cuda(), x, weight)
+    running = torch.zeros(1000).cuda(), torch.ones(1000).cuda()
+    return TrainingStep(known, known.clone(), pending, step, torch.tensor([1, 0]).cuda(), running, x, weight)
 
 
 def test_a_training_step_does_not_synchronise(step: TrainingStep) -> None:
@@ -182,15 +213,17 @@ def test_runs_on_the_current_stream() -> None:
 def test_graph_capture_and_replay(size: int) -> None:
     x = torch.randn(size, device="cuda")
     state = [torch.zeros(2).cuda(), torch.zeros(2).cuda(), empty_pending(None).cuda(), torch.tensor(0).cuda()]
+    state += [torch.zeros(10).cuda(), torch.ones(10).cuda()]
     twin = [tensor.clone() for tensor in state]
     rng_state, rng_twin = torch.tensor([1, 5], device="cuda"), torch.tensor([1, 5], device="cuda")
 
-    def run(state: list[Tensor], rng_state: Tensor) -> tuple[Tensor, Tensor]:
-        known, active, pending, step = state
+    def run(state: list[Tensor], rng_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        known, active, pending, step, *running = state
         functional.begin_step([known], [active], [pending], step, [1])
         y = functional.observe_fake_quantize(x, active, pending, 0, 255)
+        z = functional.batch_norm_fake_quantize(x.view(-1, 10), *running, None, None, active, pending, 0, 255)
         functional.end_step([known], [pending], [0.1], step)
-        return y, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4, 0)
+        return y, z, torch.ops.quantkernels.dorefa_gradient(x, rng_state, 4, 0)
 
     before = [tensor.clone() for tensor in (*state, rng_state)]
     graph = torch.cuda.CUDAGraph()

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Names of kernels that make one pass over their elements, read and write.
-ELEMENTWISE = re.compile(r"pack_kernel<|fake_quantize_(tensor|channels)_kernel<")
+ELEMENTWISE = re.compile(r"pack_kernel<|fake_quantize_(tensor|channels)_kernel<|batch_norm_quantize_kernel<")
+# Batch norm's elements of float64, or observed: takes more registers.
+WIDER = re.compile(r"batch_norm_quantize_kernel<(double,|[\w ]+, \w+, \w+, true>)")
 # The template argument after the storage type: the launcher has found the pointers aligned.
 ALIGNED = re.compile(r"<[\w ]+, true\b")
 
@@ -49,7 +51,7 @@ def test_compiles_for_every_architecture_without_a_warning_or_a_spill(report: Mo
 def test_every_kernel_exists_on_every_architecture(report: ModuleType, kernels: list[Any]) -> None:
     names = {kernel.name for kernel in kernels}
     assert {(k.name, k.architecture) for k in kernels} == {(n, a) for n in names for a in report.ARCHITECTURES}
-    assert sum(ELEMENTWISE.match(name) is not None for name in names) >= 60
+    assert sum(ELEMENTWISE.match(name) is not None for name in names) >= 90
 
 
 @pytest.mark.slow
@@ -72,9 +74,10 @@ def test_registers_and_occupancy_of_elementwise_kernels(kernels: list[Any]) -> N
     for kernel in kernels:
         if not ELEMENTWISE.match(kernel.name):
             continue
-        assert kernel.registers <= 40, (kernel.name, kernel.architecture)
+        wider = WIDER.match(kernel.name) is not None
+        assert kernel.registers <= (48 if wider else 40), (kernel.name, kernel.architecture)
         if kernel.architecture in ("sm_80", "sm_90", "sm_100"):
-            assert kernel.occupancy >= 0.75, (kernel.name, kernel.architecture)
+            assert kernel.occupancy >= (0.62 if wider else 0.75), (kernel.name, kernel.architecture)
 
 
 def _lines_of(path: Path, pattern: str) -> set[int]:

@@ -14,6 +14,20 @@ import stand_in
 import torch
 from simt import toolchain
 from simt.operators import EmulatedOperators
+from test_batch_norm import (  # noqa: F401  collected here once more, on the emulated operators
+    Call,
+    memory_formats,
+    normal,
+    test_any_strides,
+    test_equals_the_reference,
+    test_gradients_of_another_layout,
+    test_half_results_saturate,
+    test_statistics_are_within_four_ulp_of_float64,
+    test_versions_of_what_is_written_to_move,
+    test_what_is_not_finite_shows,
+    test_what_is_optional_may_be_missing,
+    test_without_quantization_equals_torch_in_float64,
+)
 from test_functional import (  # noqa: F401  collected here once more, on the emulated operators
     assert_matches_reference,
     assert_same_bits,
@@ -114,7 +128,13 @@ def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.Mon
     scale, zero_point = torch.full((1,), 0.1), torch.tensor([3], dtype=torch.int32)
     active, pending = torch.tensor([-1.0, 1.0]), torch.tensor([math.inf, -math.inf])
     rng_state = torch.tensor([1, 0])
+
+    def norm(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return functional.batch_norm_fake_quantize(x.view(10, 4), *arguments, **options)
+
     masked = ["fake_quantize", "straight_through"]
+    normed = ["batch_norm", "batch_norm_backward"]
+    statistics = torch.zeros(4), torch.ones(4)
     calls: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
         (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), masked),
         (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), ["fake_quantize_number", "straight_through"]),
@@ -130,6 +150,8 @@ def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.Mon
         (lambda x: functional.dorefa_weight(x, 1), ["dorefa_weight"]),
         (lambda x: functional.dorefa_activation(x, 4), ["dorefa_activation", "straight_through"]),
         (lambda x: functional.dorefa_gradient(x, rng_state, 4), ["dorefa_gradient"]),
+        (lambda x: norm(x, None, None, None, None, active, pending, 0, 15), normed),
+        (lambda x: norm(x, *statistics, None, None, active, None, 0, 15, training=False), normed),
     ]
     recorder = Recorder(kernels)
     install(EmulatedOperators(recorder), monkeypatch)  # type: ignore[arg-type]
@@ -192,6 +214,77 @@ def test_results_do_not_depend_on_the_grid(kernels: ModuleType) -> None:
         results.append(outputs)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+BATCH_NORM_SHAPES = ((40, 300), (4200, 12), (3, 5, 7, 7), (6, 3, 40, 40), (1500, 3, 2, 2), (2, 300, 9, 9))
+"""By row and by column, of one slice and of several; packs of one channel and of several."""
+
+
+@pytest.mark.parametrize("shape", BATCH_NORM_SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_batch_norm_depends_on_neither_grid_nor_order(
+    kernels: ModuleType, shape: tuple[int, ...], training: bool
+) -> None:
+    for memory_format in memory_formats(shape):
+        call = Call.of(normal(shape).contiguous(memory_format=memory_format))
+        results = []
+        for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
+            kernels.configure(order, 1, blocks, 2, blocks)
+            results.append(call.run(functional, training=training, bounds=(0.0, 6.0)))
+        for other in results[1:]:
+            for name, expected in results[0].items():
+                assert torch.equal(other[name], expected), name
+
+
+def test_batch_norm_depends_on_no_alignment() -> None:
+    for shape in ((7, 5, 3, 16), (3, 3, 40, 40)):
+        for dtype in cases.DTYPES:
+            x = normal(shape, dtype)
+            misaligned = torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(shape)
+            results = [Call.of(tensor).run(functional, bounds=(0.0, 6.0)) for tensor in (x, misaligned)]
+            for name, expected in results[0].items():
+                assert torch.equal(results[1][name], expected), name
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("shape", BATCH_NORM_SHAPES, ids=str)
+def test_batch_norm_equals_the_cpu_where_the_statistics_do(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Sums of float64 in another order: all but a few statistics are the same float32 number, and then all is."""
+    for memory_format in memory_formats(shape):
+        call = Call.of(normal(shape, dtype).contiguous(memory_format=memory_format))
+        channels = (call.input, call.weight, call.bias, None, None, call.active)
+        numbers = (0.1, 1e-5, 0, 255, False, 0.0, 6.0)
+        cpu, emulated = (
+            operators.batch_norm_fake_quantize(*channels, pending, *numbers)
+            for operators, pending in ((torch.ops.quantkernels, None), (functional._raw, torch.zeros(2)))
+        )
+        same = (cpu[2] == emulated[2]) & (cpu[3] == emulated[3])
+        if dtype != torch.float64:
+            assert same.double().mean() >= 0.9
+        assert torch.equal(cpu[0][:, same], emulated[0][:, same])
+        gradient = normal(shape, dtype, seed=5).contiguous(memory_format=memory_format)
+        saved = (cpu[1], call.weight, cpu[2], cpu[3])
+        expected = torch.ops.quantkernels.batch_norm_fake_quantize_backward(gradient, call.input, *saved, True)
+        actual = functional._raw.batch_norm_fake_quantize_backward(gradient, call.input, *saved, True)
+        assert torch.equal(actual[0], expected[0])
+        if bool(same.all()):
+            assert torch.equal(cpu[1], emulated[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 0), (4, 0)], ids=str)
+def test_batch_norm_of_no_elements(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Frozen statistics need none; the gradients of the parameters are then zero."""
+    x, active, pending = torch.empty(shape, dtype=dtype), torch.tensor([-1.0, 2.5]), torch.zeros(2)
+    mean, var = (torch.full((shape[1],), v, dtype=torch.promote_types(dtype, torch.float32)) for v in (0.5, 4.0))
+    numbers = (0.0, 0, 255, False, None, None)
+    raw = functional._raw
+    output, mask, *saved = raw.frozen_batch_norm_fake_quantize(x, None, None, mean, var, active, pending, *numbers)
+    assert output.shape == shape
+    assert [s.tolist() for s in saved] == [[0.5] * shape[1]] * 2
+    gradients = raw.batch_norm_fake_quantize_backward(output, x, mask, None, *saved, True)
+    assert [g.tolist() for g in gradients[1:]] == [[0.0] * shape[1]] * 2
+    assert pending.tolist() == [0.0, 0.0]
 
 
 def test_cuda_is_asked_once_per_kernel_and_device(kernels: ModuleType) -> None:

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../numerics/batch_norm.h"
+#include "../numerics/batch_norm_channel.h"
 #include "batch_norm_kernels.h"
 #include "loops_affine.h"
 
@@ -486,16 +486,11 @@ class NormaliseElement {
   LaneExtrema<T> seen_;
 };
 
-// What passes through is a number of the compute type, and may lie beyond the largest of the storage type.
+// Of what a normalised element is quantized to, as the tier does it.
 template <class S, class T = typename ComputeType<S>::type>
-AffineGrid<T> normalised_grid(const AffineJob& job) {
-  AffineGrid<T> grid = channel_grid<S>(job, 0);
+AffineGrid<T> tier_normalised_grid(const AffineJob& job) {
+  AffineGrid<T> grid = normalised_grid<S>(job);
   grid.mode = tier_mode<T>(grid.mode);
-  if (grid.mode == AffineMode::kPassThrough && sizeof(S) == sizeof(uint16_t)) {
-    const T largest = T(kLargest<S>);
-    grid.constants.clamp_low = clamp(grid.constants.clamp_low, -largest, largest);
-    grid.constants.clamp_high = clamp(grid.constants.clamp_high, -largest, largest);
-  }
   return grid;
 }
 
@@ -513,7 +508,7 @@ void dispatch_batch_norm_store(Store store, const S* output, const F& f) {
 template <class S, class F>
 void dispatch_normalise(const AffineJob& job, Store store, const F& f) {
   using T = typename ComputeType<S>::type;
-  const AffineGrid<T> grid = normalised_grid<S>(job);
+  const AffineGrid<T> grid = tier_normalised_grid<S>(job);
   const auto in_mode = [&](auto mode) {
     dispatch_batch_norm_store<T>(store, static_cast<const S*>(job.output),
                                  [&](auto way) { f(mode, way, grid.constants); });

@@ -9,7 +9,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "../numerics/batch_norm.h"
+#include "../numerics/batch_norm_channel.h"
 #include "../numerics/channel.h"
 #include "../numerics/dispatch.h"
 #include "../numerics/dorefa.h"
@@ -584,11 +584,6 @@ bool by_channel(const ChannelView& view, DType dtype, int64_t tensors) {
          view.outer * view.inner * element_size(dtype) * tensors <= kCache;
 }
 
-template <class T>
-T at(const void* values, int64_t i, T otherwise) {
-  return values == nullptr ? otherwise : static_cast<const T*>(values)[i];
-}
-
 // Rows of constants, one for each slot; see BatchNormTable.
 template <class T, int64_t n>
 class BatchNormConstants {
@@ -636,10 +631,7 @@ class BatchNorm {
   void run() {
     const int64_t channels = job_.view.channels;
     if (job_.frozen) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const double variance = static_cast<double>(static_cast<const T*>(job_.running_var)[c]);
-        set_constants(c, static_cast<const T*>(job_.running_mean)[c], inverse_deviation(variance, job_.eps));
-      }
+      for (int64_t c = 0; c < channels; ++c) set_constants(c, set_frozen_statistics<T>(job_, c));
       if (numel() > 0) normalise();
       return;
     }
@@ -671,47 +663,25 @@ class BatchNorm {
     };
   }
 
-  // A channel's first element.
   void set_shifts() {
     dispatch_storage(dtype(), [&](auto storage) {
-      using S = decltype(storage);
-      const S* const x = static_cast<const S*>(job_.quantization.input);
       for (size_t c = 0; c < shifts_.size(); ++c) {
-        const auto first = to_float(x[static_cast<int64_t>(c) * job_.view.inner]);
-        shifts_[c] = static_cast<T>(first - first == 0 ? first : 0);
+        const int64_t channel = static_cast<int64_t>(c);
+        shifts_[c] = static_cast<T>(channel_shift<decltype(storage)>(job_.quantization.input, job_.view, channel));
       }
     });
   }
 
-  void set_constants(int64_t c, T mean, double inverse) {
-    const T inverse_std = static_cast<T>(inverse);
-    static_cast<T*>(job_.mean)[c] = mean;
-    static_cast<T*>(job_.inverse_std)[c] = inverse_std;
-    constants_.set(c, {mean, at(job_.weight, c, T(1)) * inverse_std, at(job_.bias, c, T(0))});
+  void set_constants(int64_t c, const NormaliseConstants<T>& constants) {
+    constants_.set(c, {constants.mean, constants.factor, constants.bias});
   }
 
   // What follows from a channel's sums, which no other thread touches.
   void finish(int64_t c, const BatchNormSums& sums) {
-    const int64_t count = job_.view.outer * job_.view.inner;
-    const BatchStatistics batch = batch_statistics(sums, static_cast<double>(shifts_[static_cast<size_t>(c)]), count);
-    set_constants(c, static_cast<T>(batch.mean), inverse_deviation(batch.variance, job_.eps));
-    move(job_.running_mean, c, batch.mean);
-    move(job_.running_var, c, unbiased(batch.variance, count));
-    const T mean = static_cast<T>(batch.mean);
-    const T factor = at(job_.weight, c, T(1)) * static_cast<const T*>(job_.inverse_std)[c];
-    const T bias = at(job_.bias, c, T(0));
-    const T first = normalised(static_cast<T>(sums.min), mean, factor, bias);
-    const T second = normalised(static_cast<T>(sums.max), mean, factor, bias);
-    Extrema<T> seen = Extrema<T>::empty();
-    seen.combine(first, first);
-    seen.combine(second, second);
-    extrema_[static_cast<size_t>(c)] = seen;
-  }
-
-  void move(void* running, int64_t c, double value) const {
-    if (running == nullptr) return;
-    T& average = static_cast<T*>(running)[c];
-    average = static_cast<T>(moving_average(static_cast<double>(average), value, job_.momentum));
+    const auto constants = set_batch_statistics(job_, c, sums, shifts_[static_cast<size_t>(c)]);
+    set_constants(c, constants);
+    extrema_[static_cast<size_t>(c)] =
+        normalised_extrema(constants, static_cast<T>(sums.min), static_cast<T>(sums.max));
   }
 
   void normalise() {
@@ -783,14 +753,8 @@ class BatchNormBackward {
 
  private:
   void finish(int64_t c, const BatchNormGradientSums& sums) {
-    const T mean = static_cast<const T*>(job_.mean)[c];
-    const T inverse_std = static_cast<const T*>(job_.inverse_std)[c];
-    static_cast<T*>(job_.grad_weight)[c] =
-        static_cast<T>(sums.gradient_times_offset * static_cast<double>(inverse_std));
-    static_cast<T*>(job_.grad_bias)[c] = static_cast<T>(sums.gradient);
-    const int64_t count = job_.view.outer * job_.view.inner;
-    const BatchNormGradient<T> g = batch_norm_gradient(sums, at(job_.weight, c, T(1)), inverse_std, count, job_.frozen);
-    constants_.set(c, {mean, g.factor, g.slope, g.constant});
+    const GradientConstants<T> g = set_gradients<T>(job_, c, sums);
+    constants_.set(c, {g.mean, g.factor, g.slope, g.constant});
   }
 
   const BatchNormGradientJob& job_;

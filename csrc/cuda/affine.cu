@@ -24,11 +24,10 @@ template <class S>
 struct AffineWorkspace {
   AffineGrid<Compute<S>>* table = nullptr;
   ReductionPlan plan;
-  ReductionWorkspace<Compute<S>> reduction;
+  ExtremaWorkspace<S> reduction;
 
   AffineWorkspace(WorkspaceLayout& layout, const AffineJob& job)
-      : plan(observes_channels(job) ? plan_reduction<S>(job.input, job.view) : ReductionPlan{}),
-        reduction(layout, plan) {
+      : plan(observes_channels(job) ? plan_extrema<S>(job.input, job.view) : ReductionPlan{}), reduction(layout, plan) {
     if (job.view.channels > kSharedChannels) table = layout.take<AffineGrid<Compute<S>>>(job.view.channels);
   }
 };
@@ -37,15 +36,11 @@ template <class S>
 cudaError_t run_quantizer(const AffineJob& job, const AffineWorkspace<S>& workspace, Stream stream) {
   if (observes_channels(job)) {
     const cudaError_t error =
-        launch_reduction<S>(job.input, workspace.plan, workspace.reduction, WidenPending<Compute<S>>{job}, stream);
+        launch_extrema<S>(job.input, workspace.plan, workspace.reduction, WidenPending<Compute<S>>{job}, stream);
     if (error != cudaSuccess) return error;
   }
   if (workspace.table != nullptr) {
-    unsigned blocks = 0;
-    cudaError_t error = grid_stride_blocks(channel_grids_kernel<S>, kBlockThreads, job.view.channels, &blocks);
-    if (error == cudaSuccess) {
-      error = launch(channel_grids_kernel<S>, blocks, kBlockThreads, stream, job, workspace.table);
-    }
+    const cudaError_t error = launch_channels(StoreGrid<S>{job, workspace.table}, job.view.channels, stream);
     if (error != cudaSuccess) return error;
   }
   return launch_quantizer<S>(job, workspace.table, stream);

@@ -78,28 +78,18 @@ __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
 template <class S, bool kAligned, bool kMixed>
 constexpr int kChannelsPart = sizeof(S) == 8 ? 1 : (sizeof(S) == 4 && !kMixed ? kChunkElements<S, kAligned> : 2);
 
-// Every element on the grid of its channel. One division per pack finds the first element's channel. kMixed: a pack may
-// cross from one channel to the next, because the inner size is no multiple of the pack's.
+// Every element on the grid of its channel.
 template <class S, bool kAligned, bool kMixed>
 __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t numel,
                                                   const AffineGrid<Compute<S>>* grids) {
   for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
-    constexpr int kPast = kPackElements<S> + 1;  // no pack reaches that far
-    const int64_t segment = first / job.view.inner;
-    const int64_t in_segment = (segment + 1) * job.view.inner - first;
-    int left = in_segment < kPast ? static_cast<int>(in_segment) : kPast;
-    const AffineGrid<Compute<S>>* grid = grids + segment % job.view.channels;
+    ChannelRows<AffineGrid<Compute<S>>, kPackElements<S>, kMixed> rows(job.view, grids, first);
     quantize_pack<kChunkElements<S, kAligned>, kChannelsPart<S, kAligned, kMixed>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
         [&](Compute<S> x, bool& passes) {
-          if (kMixed && left == 0) {
-            ++grid;
-            if (grid == grids + job.view.channels) grid = grids;
-            left = job.view.inner < kPast ? static_cast<int>(job.view.inner) : kPast;
-          }
-          --left;
-          passes = gradient_passes(x, grid->constants);
-          return quantize_by_mode<S>(x, *grid);
+          const AffineGrid<Compute<S>>& grid = rows.next();
+          passes = gradient_passes(x, grid.constants);
+          return quantize_by_mode<S>(x, grid);
         });
   });
 }
@@ -117,6 +107,12 @@ __device__ __forceinline__ void atomic_combine(float* address, float value, cons
   }
 }
 
+// Into the pending extrema of a job of one channel.
+__device__ __forceinline__ void widen_pending(const AffineJob& job, const Range& range) {
+  atomic_combine(job.pending, range.min, [](float a, float b) { return minimum_or_nan(a, b); });
+  atomic_combine(job.pending + 1, range.max, [](float a, float b) { return maximum_or_nan(a, b); });
+}
+
 template <class S, bool kAligned, bool kObserves>
 __global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob job, int64_t numel) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
@@ -126,9 +122,7 @@ __global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob
   if constexpr (!kObserves) return;
   const Extrema<float> of_block = block_extrema(of_thread);
   if (threadIdx.x != 0) return;
-  const Range range = clamped_range(job, of_block.min, of_block.max);
-  atomic_combine(job.pending, range.min, [](float a, float b) { return minimum_or_nan(a, b); });
-  atomic_combine(job.pending + 1, range.max, [](float a, float b) { return maximum_or_nan(a, b); });
+  widen_pending(job, clamped_range(job, of_block.min, of_block.max));
 }
 
 // `table` is null for up to kSharedChannels channels.
@@ -162,11 +156,12 @@ cudaError_t launch_quantizer(const AffineJob& job, const AffineGrid<Compute<S>>*
 }
 
 template <class S>
-__global__ void __launch_bounds__(kBlockThreads) channel_grids_kernel(AffineJob job, AffineGrid<Compute<S>>* grids) {
-  const int64_t stride = int64_t{gridDim.x} * kBlockThreads;
-  int64_t channel = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
-  for (; channel < job.view.channels; channel += stride) grids[channel] = channel_grid<S>(job, channel);
-}
+struct StoreGrid {
+  AffineJob job;
+  AffineGrid<Compute<S>>* table;
+
+  __device__ __forceinline__ void operator()(int64_t channel) const { table[channel] = channel_grid<S>(job, channel); }
+};
 
 // U has the size of an element.
 template <class U, bool kAligned>

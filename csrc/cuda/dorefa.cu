@@ -7,7 +7,7 @@ namespace {
 
 template <class S>
 struct GradientWorkspace {
-  ReductionWorkspace<Compute<S>> reduction;
+  ExtremaWorkspace<S> reduction;
   Compute<S>* largest;
   int64_t* drawn_step;
 
@@ -36,11 +36,11 @@ cudaError_t launch_mean(const DoReFaWeightJob& job, void* workspace, Stream stre
 
 template <class S>
 cudaError_t launch_largest_tanh(const DoReFaWeightJob& job, void* workspace, Stream stream) {
-  const ReductionPlan plan = plan_reduction<S>(job.input, {1, 1, job.numel});
+  const ReductionPlan plan = plan_extrema<S>(job.input, {1, 1, job.numel});
   WorkspaceLayout layout(workspace);
-  const ReductionWorkspace<Compute<S>> reduction(layout, plan);
+  const ExtremaWorkspace<S> reduction(layout, plan);
   const StoreLargestTanh<Compute<S>> finish{static_cast<Compute<S>*>(job.statistic)};
-  return launch_reduction<S, true>(job.input, plan, reduction, finish, stream);
+  return launch_extrema<S, true>(job.input, plan, reduction, finish, stream);
 }
 
 }  // namespace
@@ -52,7 +52,7 @@ size_t workspace_bytes(const DoReFaWeightJob& job) {
     if (job.bits == 1) {
       SumWorkspace<double>(layout, job.numel);
     } else {
-      ReductionWorkspace<Compute<S>>(layout, plan_reduction<S>(job.input, {1, 1, job.numel}));
+      ExtremaWorkspace<S>(layout, plan_extrema<S>(job.input, {1, 1, job.numel}));
     }
     return layout.bytes();
   });
@@ -116,7 +116,7 @@ size_t workspace_bytes(const DoReFaGradientJob& job) {
   return dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
     WorkspaceLayout layout(nullptr);
-    GradientWorkspace<S>(layout, plan_reduction<S>(job.grad_output, {1, job.samples, job.inner}));
+    GradientWorkspace<S>(layout, plan_extrema<S>(job.grad_output, {1, job.samples, job.inner}));
     return layout.bytes();
   });
 }
@@ -126,11 +126,11 @@ cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stre
   if (numel == 0) return launch_advance(job.rng_state + 1, stream);
   return dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    const ReductionPlan plan = plan_reduction<S>(job.grad_output, {1, job.samples, job.inner});
+    const ReductionPlan plan = plan_extrema<S>(job.grad_output, {1, job.samples, job.inner});
     WorkspaceLayout layout(workspace);
     const GradientWorkspace<S> space(layout, plan);
     const StoreLargestMagnitude<Compute<S>> finish{space.largest, job.rng_state, space.drawn_step};
-    const cudaError_t error = launch_reduction<S>(job.grad_output, plan, space.reduction, finish, stream);
+    const cudaError_t error = launch_extrema<S>(job.grad_output, plan, space.reduction, finish, stream);
     if (error != cudaSuccess) return error;
     const bool is_aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.grad_input);
     return dispatch_bool(is_aligned, [&](auto aligned) {

@@ -36,7 +36,7 @@ size_t reduction_bytes(const Job& job) {
   return dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
     WorkspaceLayout layout(nullptr);
-    ReductionWorkspace<Compute<S>>(layout, plan_reduction<S>(job.input, job.view));
+    ExtremaWorkspace<S>(layout, plan_extrema<S>(job.input, job.view));
     return layout.bytes();
   });
 }
@@ -46,9 +46,9 @@ cudaError_t reduce(const Job& job, void* workspace, Stream stream) {
   return dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
     WorkspaceLayout layout(workspace);
-    const ReductionPlan plan = plan_reduction<S>(job.input, job.view);
-    const ReductionWorkspace<Compute<S>> reduction(layout, plan);
-    return launch_reduction<S>(job.input, plan, reduction, Finish<S>(job), stream);
+    const ReductionPlan plan = plan_extrema<S>(job.input, job.view);
+    const ExtremaWorkspace<S> reduction(layout, plan);
+    return launch_extrema<S>(job.input, plan, reduction, Finish<S>(job), stream);
   });
 }
 

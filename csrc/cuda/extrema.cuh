@@ -1,259 +1,45 @@
-// Owns the minimum-maximum reduction over [outer, channels, inner] tensors: blocks reduce slices of a channel, and the
-// last block of a channel to arrive combines them and hands the result to a finishing operation, in one launch. Minimum
-// and maximum are exact, so the partition cannot show in a result.
+// Owns the minimum-maximum reduction. Minimum and maximum are exact, so the partition cannot show in a result.
 #pragma once
 
-#include "block_reduce.cuh"
-#include "storage.cuh"
+#include "channel_reduce.cuh"
 
 namespace qk::cuda {
 
-// An item of work is a slice of a group of channels. By row, a group is one channel and a block walks its runs of
-// `inner` consecutive elements in units of one vector. By column, where runs are short, a group is a tile of
-// neighbouring channels and a thread walks down one column of it.
-struct ReductionPlan {
-  ChannelView view;
-  int64_t groups;
-  int64_t slices;         // per group
-  int64_t slice_length;   // in units by row, in outer indices by column
-  int32_t tile_channels;  // by column; else 1
-  bool by_column;
-  bool is_vectorised;  // by row: a unit is a 16-byte vector, else one element
-};
-
-constexpr int64_t kMaxItems = 1024;  // about what the largest devices hold: an H100 1056 blocks, a B200 1184
-constexpr int64_t kUnitsPerThread = 8;
-constexpr int64_t kLongestColumnRun = 64;
-
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline void split(ReductionPlan& plan, int64_t length, int64_t shortest_slice) {
-  const int64_t most = plan.groups < kMaxItems ? kMaxItems / plan.groups : 1;
-  const int64_t wanted = length / shortest_slice;
-  const int64_t slices = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  plan.slice_length = ceil_divide(length, slices);
-  plan.slices = ceil_divide(length, plan.slice_length);
-}
-
-// For a view of at least one element.
 template <class S>
-ReductionPlan plan_reduction(const void* input, ChannelView view) {
-  ReductionPlan plan{};
-  plan.view = view;
-  plan.tile_channels = 1;
-  plan.by_column = view.channels > 1 && view.inner <= kLongestColumnRun;
-  if (plan.by_column) {
-    const int64_t fitting = kBlockThreads / view.inner;
-    plan.tile_channels = static_cast<int32_t>(fitting < view.channels ? fitting : view.channels);
-    plan.groups = ceil_divide(view.channels, plan.tile_channels);
-    const int64_t rows = kBlockThreads / (plan.tile_channels * view.inner);
-    split(plan, view.outer, rows * kUnitsPerThread);
-    return plan;
-  }
-  constexpr int64_t kVector = kAccessElements<S>;
-  const bool one_run = view.outer * view.channels == 1;
-  plan.is_vectorised = is_aligned<S, kVector>(static_cast<const S*>(input)) && (one_run || view.inner % kVector == 0);
-  plan.groups = view.channels;
-  split(plan, view.outer * ceil_divide(view.inner, plan.is_vectorised ? kVector : 1), kBlockThreads * kUnitsPerThread);
-  return plan;
-}
+struct ExtremaTerm {
+  using Value = Extrema<Compute<S>>;
+  using Combine = CombineExtrema;
+  struct Nothing {};
 
-// A block for each item of work.
-inline unsigned item_blocks(const ReductionPlan& plan) {
-  constexpr int64_t kMostBlocks = 1 << 20;
-  const int64_t items = plan.groups * plan.slices;
-  return static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks);
-}
+  const S* input;
 
-// The place of a slice's extrema: neighbouring channels lie side by side.
-__device__ __forceinline__ int64_t partial_index(const ReductionPlan& plan, int64_t channel, int64_t slice) {
-  return slice * plan.view.channels + channel;
-}
-
-// Combines the values of threads i, i + width, i + 2 width, ... of the first `rows` rows into element i.
-template <class T>
-__device__ __forceinline__ const Extrema<T>* combine_rows(Extrema<T> value, int width, int rows) {
-  QK_SHARED(Extrema<T>, values, kBlockThreads);
-  const int thread = static_cast<int>(threadIdx.x);
-  __syncthreads();  // the previous call's values have been read
-  values[thread] = value;
-  __syncthreads();
-  for (int height = rows; height > 1;) {
-    const int half = (height + 1) / 2;
-    if (thread / width + half < height) {
-      values[thread] = CombineExtrema{}(values[thread], values[thread + half * width]);
-    }
-    __syncthreads();
-    height = half;
-  }
-  return values;
-}
-
-// The extrema over all slices of channel first + i in thread i < width.
-template <class T>
-__device__ __forceinline__ Extrema<T> gather_channels(const Extrema<T>* partials, const ReductionPlan& plan,
-                                                      int64_t first, int width) {
-  const int rows = kBlockThreads / width;
-  const int row = static_cast<int>(threadIdx.x) / width;
-  const int64_t channel = first + static_cast<int>(threadIdx.x) % width;
-  Extrema<T> total = Extrema<T>::empty();
-  if (row < rows && channel < plan.view.channels) {
-    for (int64_t slice = row; slice < plan.slices; slice += rows) {
-      total = CombineExtrema{}(total, partials[partial_index(plan, channel, slice)]);
-    }
-  }
-  return combine_rows(total, width, rows)[threadIdx.x];
-}
-
-template <int N>
-struct ByRow {
-  // The extrema of one slice, in thread 0.
-  template <class S>
-  static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan,
-                                                               int64_t channel, int64_t slice) {
-    const ChannelView& view = plan.view;
-    const int64_t units_per_run = (view.inner + N - 1) / N;
-    const int64_t units = view.outer * units_per_run;
-    const int64_t end = (slice + 1) * plan.slice_length < units ? (slice + 1) * plan.slice_length : units;
-    int64_t unit = slice * plan.slice_length + threadIdx.x;
-    // The position (run, unit of the run) advances without a division.
-    int64_t run = unit / units_per_run;
-    int64_t at = unit % units_per_run;
-    const int64_t run_step = kBlockThreads / units_per_run;
-    const int64_t at_step = kBlockThreads % units_per_run;
-    Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
-#pragma unroll 2
-    for (; unit < end; unit += kBlockThreads) {
-      const S* row = input + (run * view.channels + channel) * view.inner;
-      const Vector<S, N> vector = load_vector<N, true>(row, at * N, view.inner);
-      const int count = elements_left<N>(at * N, view.inner);
+  static __device__ __forceinline__ Value none() { return Value::empty(); }
+  __device__ __forceinline__ Nothing at(int64_t) const { return {}; }
+  template <int N>
+  __device__ __forceinline__ void add(Value& total, Nothing, int64_t first, int count) const {
+    const Vector<S, N> vector = load_vector<N, true>(input, first, first + count);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const Compute<S> x = widen(vector[i]);
-        if (i < count) total.combine(x, x);
-      }
-      run += run_step;
-      at += at_step;
-      if (at >= units_per_run) {
-        at -= units_per_run;
-        ++run;
-      }
+    for (int i = 0; i < N; ++i) {
+      const Compute<S> x = widen(vector[i]);
+      if (i < count) total.combine(x, x);
     }
-    return block_extrema(total);
-  }
-
-  // The extrema of all slices, in thread 0.
-  template <class T>
-  static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
-                                                      int64_t channel) {
-    Extrema<T> total = Extrema<T>::empty();
-    for (int64_t slice = threadIdx.x; slice < plan.slices; slice += kBlockThreads) {
-      total = CombineExtrema{}(total, partials[partial_index(plan, channel, slice)]);
-    }
-    return block_extrema(total);
-  }
-
-  // The channel whose extrema this thread has after `reduce` or `gather`, or -1.
-  static __device__ __forceinline__ int64_t owned_channel(const ReductionPlan&, int64_t channel) {
-    return threadIdx.x == 0 ? channel : -1;
   }
 };
 
-struct ByColumn {
-  template <class S>
-  static __device__ __forceinline__ Extrema<Compute<S>> reduce(const S* input, const ReductionPlan& plan, int64_t tile,
-                                                               int64_t slice) {
-    const ChannelView& view = plan.view;
-    const int inner = static_cast<int>(view.inner);
-    const int width = plan.tile_channels * inner;
-    const int rows = kBlockThreads / width;
-    const int row = static_cast<int>(threadIdx.x) / width;
-    const int64_t column = tile * width + static_cast<int>(threadIdx.x) % width;
-    const int64_t columns = view.channels * view.inner;
-    const int64_t end = (slice + 1) * plan.slice_length < view.outer ? (slice + 1) * plan.slice_length : view.outer;
-    Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
-    if (row < rows && column < columns) {
-#pragma unroll 4
-      for (int64_t o = slice * plan.slice_length + row; o < end; o += rows) {
-        const Compute<S> x = widen(input[o * columns + column]);
-        total.combine(x, x);
-      }
-    }
-    const Extrema<Compute<S>>* of_column = combine_rows(total, width, rows);
-    Extrema<Compute<S>> of_channel = Extrema<Compute<S>>::empty();
-    if (static_cast<int>(threadIdx.x) < plan.tile_channels) {
-      for (int i = 0; i < inner; ++i) {
-        of_channel = CombineExtrema{}(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
-      }
-    }
-    return of_channel;
-  }
+template <class S>
+using ExtremaWorkspace = ReductionWorkspace<Extrema<Compute<S>>>;
 
-  template <class T>
-  static __device__ __forceinline__ Extrema<T> gather(const Extrema<T>* partials, const ReductionPlan& plan,
-                                                      int64_t tile) {
-    return gather_channels(partials, plan, tile * plan.tile_channels, plan.tile_channels);
-  }
-
-  static __device__ __forceinline__ int64_t owned_channel(const ReductionPlan& plan, int64_t tile) {
-    const int64_t channel = tile * plan.tile_channels + threadIdx.x;
-    return threadIdx.x < static_cast<unsigned>(plan.tile_channels) && channel < plan.view.channels ? channel : -1;
-  }
-};
-
-// finish(channel, extrema) is called once per channel. `counters` holds a zero per group; it and `partials`, with
-// channels * slices elements, are used only with several slices.
-template <class S, class Mapping, class Finish>
-__global__ void __launch_bounds__(kBlockThreads)
-    extrema_kernel(const S* input, ReductionPlan plan, Extrema<Compute<S>>* partials, unsigned* counters,
-                   Finish finish) {
-  for (int64_t item = blockIdx.x; item < plan.groups * plan.slices; item += gridDim.x) {
-    const int64_t group = item / plan.slices;
-    const int64_t slice = item % plan.slices;
-    Extrema<Compute<S>> extrema = Mapping::reduce(input, plan, group, slice);
-    const int64_t channel = Mapping::owned_channel(plan, group);
-    if (plan.slices > 1) {
-      if (channel >= 0) partials[partial_index(plan, channel, slice)] = extrema;
-      if (!arrives_last(counters + group, static_cast<unsigned>(plan.slices))) continue;
-      extrema = Mapping::gather(partials, plan, group);
-    }
-    if (channel >= 0) finish(channel, extrema);
-  }
-}
-
-// The part of a workspace that a reduction of compute type T needs.
-template <class T>
-struct ReductionWorkspace {
-  unsigned* counters;
-  Extrema<T>* partials;
-
-  ReductionWorkspace(WorkspaceLayout& layout, const ReductionPlan& plan)
-      : counters(layout.take<unsigned>(plan.slices > 1 ? plan.groups : 0)),
-        partials(layout.take<Extrema<T>>(plan.view.channels * plan.slices)) {}
-};
-
-// f(Mapping{}) with the plan's. One channel is never reduced by column.
-template <class S, bool kOneChannel, class F>
-cudaError_t dispatch_mapping(const ReductionPlan& plan, const F& f) {
-  if constexpr (!kOneChannel) {
-    if (plan.by_column) return f(ByColumn{});
-  }
-  return plan.is_vectorised ? f(ByRow<kAccessElements<S>>{}) : f(ByRow<1>{});
+template <class S>
+ReductionPlan plan_extrema(const void* input, ChannelView view) {
+  return plan_reduction<S>(view, is_aligned<S, kAccessElements<S>>(static_cast<const S*>(input)));
 }
 
 // finish(channel, extrema) for every channel.
 template <class S, bool kOneChannel = false, class Finish>
-cudaError_t launch_reduction(const void* input, const ReductionPlan& plan,
-                             const ReductionWorkspace<Compute<S>>& workspace, const Finish& finish, Stream stream) {
-  if (plan.slices > 1) {
-    const size_t bytes = static_cast<size_t>(plan.groups) * sizeof(unsigned);
-    const cudaError_t error = cudaMemsetAsync(workspace.counters, 0, bytes, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return dispatch_mapping<S, kOneChannel>(plan, [&](auto mapping) {
-    return launch(extrema_kernel<S, decltype(mapping), Finish>, item_blocks(plan), kBlockThreads, stream,
-                  static_cast<const S*>(input), plan, workspace.partials, workspace.counters, finish);
-  });
+cudaError_t launch_extrema(const void* input, const ReductionPlan& plan, const ExtremaWorkspace<S>& workspace,
+                           const Finish& finish, Stream stream) {
+  return launch_reduction<S, kOneChannel>(ExtremaTerm<S>{static_cast<const S*>(input)}, plan, workspace, finish,
+                                          stream);
 }
 
 }  // namespace qk::cuda

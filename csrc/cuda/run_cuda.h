@@ -28,6 +28,8 @@ cudaError_t run(const DoReFaWeightJob& job, void* workspace, cudaStream_t stream
 cudaError_t run(const DoReFaWeightGradientJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaActivationJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const BatchNormJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const BatchNormGradientJob& job, void* workspace, cudaStream_t stream);
 
 size_t workspace_bytes(const AffineJob& job);
 size_t workspace_bytes(const LearnedGradientJob& job);
@@ -40,5 +42,7 @@ size_t workspace_bytes(const DoReFaWeightJob& job);
 size_t workspace_bytes(const DoReFaWeightGradientJob& job);
 size_t workspace_bytes(const DoReFaActivationJob& job);
 size_t workspace_bytes(const DoReFaGradientJob& job);
+size_t workspace_bytes(const BatchNormJob& job);
+size_t workspace_bytes(const BatchNormGradientJob& job);
 
 }  // namespace qk::cuda

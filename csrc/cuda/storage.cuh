@@ -152,6 +152,59 @@ cudaError_t launch_packs(const Operation& operation, int64_t numel, Stream strea
   return launch_over_packs<Operation::kElements>(numel, stream, pack_kernel<Operation>, operation, numel);
 }
 
+// Walks the elements of a pack, each with the row of a table that belongs to its channel. kMixed: the pack may cross
+// from one channel to the next, because the inner size is no multiple of the pack's. One division finds the first row.
+template <class Row, int N, bool kMixed>
+class ChannelRows {
+ public:
+  // `view` and `table` are a kernel's parameters, which take no registers.
+  __device__ __forceinline__ ChannelRows(const ChannelView& view, const Row* const& table, int64_t first)
+      : view_(view), table_(table) {
+    const int64_t segment = first / view.inner;
+    channel_ = segment % view.channels;
+    left_ = up_to_past((segment + 1) * view.inner - first);
+  }
+
+  // That of the next element. Past the tensor's end there are rows too.
+  __device__ __forceinline__ const Row& next() {
+    if (kMixed && left_ == 0) {
+      ++channel_;
+      if (channel_ == view_.channels) channel_ = 0;
+      left_ = up_to_past(view_.inner);
+    }
+    --left_;
+    return table_[channel_];
+  }
+
+ private:
+  static constexpr int kPast = N + 1;  // no pack reaches that far
+
+  static __device__ __forceinline__ int up_to_past(int64_t count) {
+    return count < kPast ? static_cast<int>(count) : kPast;
+  }
+
+  const ChannelView& view_;
+  const Row* const& table_;
+  int64_t channel_;
+  int left_;
+};
+
+// operation(channel) for every channel.
+template <class Operation>
+__global__ void __launch_bounds__(kBlockThreads) channels_kernel(Operation operation, int64_t channels) {
+  const int64_t stride = int64_t{gridDim.x} * kBlockThreads;
+  int64_t channel = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
+  for (; channel < channels; channel += stride) operation(channel);
+}
+
+template <class Operation>
+cudaError_t launch_channels(const Operation& operation, int64_t channels, Stream stream) {
+  unsigned blocks = 0;
+  const cudaError_t error = grid_stride_blocks(channels_kernel<Operation>, kBlockThreads, channels, &blocks);
+  if (error != cudaSuccess) return error;
+  return launch(channels_kernel<Operation>, blocks, kBlockThreads, stream, operation, channels);
+}
+
 template <class T>
 __global__ void advance_kernel(T* counter) {
   ++*counter;

@@ -41,8 +41,8 @@ class BatchNormFakeQuantize:
     def __call__(self, norm: Any, input: Tensor) -> Tensor | None:
         """The quantized result; None where the layers have to compute one after the other.
 
-        That is where the quantizer is switched off, on a GPU, and for parameters of another dtype than float32 (float64
-        beside a float64 input).
+        That is where the quantizer is switched off, and for parameters of another dtype than float32 (float64 beside a
+        float64 input).
         """
         if not (self.quantizer.enabled and applies_to(norm, input)):
             return frozen_forward(norm, input)
@@ -66,8 +66,8 @@ DONE = "_done_by_batch_norm"
 
 
 def applies_to(norm: Any, input: Tensor) -> bool:
-    """Whether the operator, which has kernels for the CPU, takes `input` and the parameters of `norm`."""
-    if not input.is_floating_point() or input.device.type not in ("cpu", "meta"):
+    """Whether the operator takes `input` and the parameters of `norm`."""
+    if not input.is_floating_point():
         return False
     dtype = statistics_dtype(input.dtype)
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/affine.cu"
+#include "cuda/batch_norm.cu"
 #include "cuda/dorefa.cu"
 #include "cuda/extrema.cu"
 #include "cuda/learned.cu"
@@ -144,6 +145,55 @@ void dorefa_gradient(int dtype, Pointer grad_output, Pointer grad_input, int64_t
                             bits, as<int64_t>(rng_state), stream});
 }
 
+// Pointers of what the job does without may be 0.
+void batch_norm(int dtype, Pointer input, Pointer output, Pointer mask, View view,
+                const std::array<Pointer, 4>& channels, const std::array<Pointer, 2>& statistics, bool frozen,
+                double momentum, double eps, const std::array<Pointer, 2>& ranges, int quant_min, int quant_max,
+                bool symmetric, double low, double high) {
+  BatchNormJob job{};
+  job.view = {view[0], view[1], view[2]};
+  AffineJob& affine = job.quantization;
+  affine.dtype = static_cast<DType>(dtype);
+  affine.input = as<void>(input);
+  affine.output = as<void>(output);
+  affine.mask = as<uint8_t>(mask);
+  affine.view = {1, 1, job.view.numel()};
+  affine.range = as<float>(ranges[0]);
+  affine.pending = as<float>(ranges[1]);
+  affine.quant_min = quant_min;
+  affine.quant_max = quant_max;
+  affine.symmetric = symmetric;
+  affine.low = low;
+  affine.high = high;
+  job.weight = as<void>(channels[0]);
+  job.bias = as<void>(channels[1]);
+  job.running_mean = as<void>(channels[2]);
+  job.running_var = as<void>(channels[3]);
+  job.mean = as<void>(statistics[0]);
+  job.inverse_std = as<void>(statistics[1]);
+  job.frozen = frozen;
+  job.momentum = momentum;
+  job.eps = eps;
+  run_job(job);
+}
+
+void batch_norm_backward(int dtype, Pointer grad_output, Pointer input, Pointer mask, View view, Pointer weight,
+                         Pointer mean, Pointer inverse_std, bool frozen, Pointer grad_input, Pointer grad_weight,
+                         Pointer grad_bias) {
+  run_job(BatchNormGradientJob{static_cast<DType>(dtype),
+                               as<void>(grad_output),
+                               as<void>(input),
+                               as<uint8_t>(mask),
+                               {view[0], view[1], view[2]},
+                               as<void>(weight),
+                               as<void>(mean),
+                               as<void>(inverse_std),
+                               frozen,
+                               as<void>(grad_input),
+                               as<void>(grad_weight),
+                               as<void>(grad_bias)});
+}
+
 }  // namespace
 }  // namespace qk::simt
 
@@ -162,4 +212,6 @@ PYBIND11_MODULE(bindings, module) {
   module.def("dorefa_weight_backward", &dorefa_weight_backward);
   module.def("dorefa_activation", &dorefa_activation);
   module.def("dorefa_gradient", &dorefa_gradient);
+  module.def("batch_norm", &batch_norm);
+  module.def("batch_norm_backward", &batch_norm_backward);
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/affine.cu"
+#include "cuda/batch_norm.cu"
 #include "cuda/dorefa.cu"
 #include "cuda/extrema.cu"
 #include "cuda/learned.cu"
@@ -118,6 +119,42 @@ void sweep_affine(ChannelView view, int64_t offset) {
 }
 
 template <class S>
+void sweep_batch_norm(ChannelView view, int64_t offset, bool frozen) {
+  using T = typename ComputeType<S>::type;
+  const int64_t numel = view.numel();
+  const Buffer<S> input(numel, offset), output(numel, offset), gradient(numel, offset);
+  std::vector<uint8_t> mask(static_cast<size_t>((numel + 7) / 8));
+  const Buffer<T> weight(view.channels), bias(view.channels), running_mean(view.channels), running_var(view.channels),
+      mean(view.channels), inverse_std(view.channels), grad_weight(view.channels), grad_bias(view.channels);
+  const float range[] = {-1.0f, 2.0f};
+  float pending[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()};
+  BatchNormJob job{};
+  job.view = view;
+  job.quantization.dtype = dtype_of<S>();
+  job.quantization.input = input.data();
+  job.quantization.output = output.data();
+  job.quantization.mask = mask.data();
+  job.quantization.view = {1, 1, numel};
+  job.quantization.range = range;
+  job.quantization.pending = pending;
+  job.quantization.quant_max = 255;
+  job.quantization.low = 0.0;
+  job.quantization.high = 6.0;
+  job.weight = weight.data();
+  job.bias = bias.data();
+  job.running_mean = running_mean.data();
+  job.running_var = running_var.data();
+  job.mean = mean.data();
+  job.inverse_std = inverse_std.data();
+  job.frozen = frozen;
+  job.momentum = 0.1;
+  job.eps = 10.0;
+  run(job);
+  run(BatchNormGradientJob{dtype_of<S>(), gradient.data(), input.data(), mask.data(), view, weight.data(), mean.data(),
+                           inverse_std.data(), frozen, output.data(), grad_weight.data(), grad_bias.data()});
+}
+
+template <class S>
 void sweep_dorefa(int64_t numel, int64_t offset) {
   const DType dtype = dtype_of<S>();
   const Buffer<S> input(numel, offset), weight(numel), output(numel, offset);
@@ -141,6 +178,9 @@ void sweep_slices() {
   sweep_affine<S>({kSlicedSize / 3, 3, 1}, 0);
   sweep_affine<S>({kSlicedSize / 200, 200, 1}, 0);
   sweep_dorefa<S>(2 * kSlicedSize, 0);
+  sweep_batch_norm<S>({1, 2, kSlicedSize}, 0, false);
+  sweep_batch_norm<S>({kSlicedSize / 3, 3, 1}, 0, false);
+  sweep_batch_norm<S>({kSlicedSize / 200, 200, 1}, 0, true);
 }
 
 template <class S>
@@ -150,7 +190,11 @@ void sweep() {
       sweep_affine<S>({1, 1, size}, offset);
       sweep_dorefa<S>(size, offset);
     }
-    for (const ChannelView& view : kViews) sweep_affine<S>(view, offset);
+    for (const ChannelView& view : kViews) {
+      sweep_affine<S>(view, offset);
+      sweep_batch_norm<S>(view, offset, false);
+      sweep_batch_norm<S>(view, offset, true);
+    }
   }
   sweep_slices<S>();
 }
@@ -159,6 +203,7 @@ void sweep_synchronising() {
   sweep_slices<float>();
   sweep_affine<float>({1, 7, 131}, 0);
   sweep_affine<float>({40, 3, 1}, 0);
+  sweep_batch_norm<float>({1, 7, 131}, 0, false);
 }
 
 void sweep_all() {

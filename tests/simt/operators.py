@@ -50,6 +50,15 @@ def _view(tensor: Tensor, axis: int | None) -> tuple[int, int, int]:
     return math.prod(sizes[:position]), sizes[position], math.prod(sizes[position + 1 :])
 
 
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _poisoned_statistic(input: Tensor) -> Tensor:
+    """One number for each channel."""
+    return torch.full((input.shape[1],), math.nan, dtype=torch.promote_types(input.dtype, torch.float32))
+
+
 def _write_back(input: Tensor, source: Tensor) -> None:
     if source is not input:
         input.copy_(source)
@@ -276,3 +285,96 @@ class EmulatedOperators:
             stream,
         )
         return grad_input.contiguous(memory_format=_memory_format(grad_output))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        channels: tuple[Tensor | None, ...],
+        ranges: tuple[Tensor, Tensor | None],
+        momentum: float,
+        eps: float,
+        *grid: Any,
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`channels`: weight, bias, running_mean, running_var; `ranges`: active, pending."""
+        quant_min, quant_max, symmetric, low, high = grid
+        source = _dense(input)
+        output, mask = _poisoned(source), _mask(source)
+        statistics = [_poisoned_statistic(source) for _ in range(2)]
+        self.module.batch_norm(
+            _DTYPES.index(source.dtype),
+            source.data_ptr(),
+            output.data_ptr(),
+            mask.data_ptr(),
+            _view(source, 1),
+            [_pointer(t) for t in channels],
+            [t.data_ptr() for t in statistics],
+            frozen,
+            momentum,
+            eps,
+            [_pointer(t) for t in ranges],
+            quant_min,
+            quant_max,
+            symmetric,
+            -math.inf if low is None else low,
+            math.inf if high is None else high,
+        )
+        return output, mask, statistics[0], statistics[1]
+
+    def batch_norm_fake_quantize(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        active: Tensor,
+        pending: Tensor | None,
+        *numbers: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = (weight, bias, running_mean, running_var)
+        return self._batch_norm(input, channels, (active, pending), *numbers, frozen=False)
+
+    def frozen_batch_norm_fake_quantize(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        active: Tensor,
+        pending: Tensor | None,
+        *numbers: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        channels = (weight, bias, running_mean, running_var)
+        return self._batch_norm(input, channels, (active, pending), 0.0, *numbers, frozen=True)
+
+    def batch_norm_fake_quantize_backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        mask: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        inverse_std: Tensor,
+        frozen: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        source = _dense(input)
+        gradient = grad_output.contiguous(memory_format=_memory_format(source))
+        grad_input = _poisoned(source)
+        grad_weight, grad_bias = _poisoned_statistic(source), _poisoned_statistic(source)
+        self.module.batch_norm_backward(
+            _DTYPES.index(source.dtype),
+            gradient.data_ptr(),
+            source.data_ptr(),
+            mask.data_ptr(),
+            _view(source, 1),
+            _pointer(weight),
+            mean.data_ptr(),
+            inverse_std.data_ptr(),
+            frozen,
+            grad_input.data_ptr(),
+            grad_weight.data_ptr(),
+            grad_bias.data_ptr(),
+        )
+        return grad_input, grad_weight, grad_bias
