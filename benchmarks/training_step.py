@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -83,14 +85,33 @@ def _with_torch_ao(model: nn.Module) -> nn.Module:
 
 
 def bytes_saved(model: nn.Module, images: Tensor, classes: Tensor) -> int:
-    """What autograd keeps from the forward for the backward pass, every storage counted once."""
+    """What autograd keeps from the forward for the backward pass, every storage counted once.
+
+    Of what a model's own hooks, such as those of `save_levels`, keep in place of a tensor, the bytes of that.
+    """
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+    def note(value: object) -> None:
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        elif isinstance(value, tuple):
+            for item in value:
+                note(item)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    class Noted(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pack: Callable[[Tensor], object], unpack: Callable[[Any], Tensor]) -> None:
+            def packed(tensor: Tensor) -> object:
+                result = pack(tensor)
+                note(result)
+                return result
+
+            super().__init__(packed, unpack)
+
+    loss: Tensor
+    with (
+        mock.patch("torch.autograd.graph.saved_tensors_hooks", Noted),
+        Noted(lambda tensor: tensor, lambda tensor: tensor),
+    ):
         loss = F.cross_entropy(model(images), classes)
     del loss
     return sum(storage.nbytes() for storage in storages.values())

@@ -154,6 +154,18 @@ struct DoReFaGradientJob {
   int64_t stream;
 };
 
+// Values on an affine grid of at most 256 integers and their levels, counted from the lowest integer: a byte each, or
+// two a byte on a grid of at most 16. In either direction.
+struct LevelsJob {
+  DType dtype;
+  void* values;
+  uint8_t* levels;
+  int64_t numel;
+  float scale;  // 0: the range has no grid
+  int32_t zero_point, quant_min, quant_max;
+  bool pairs;
+};
+
 // Batch norm behind a convolution or a linear layer, then the quantization of a whole tensor: its view is one channel,
 // and its input and output are those of the job. Statistics and parameters are of the compute type, double for float64
 // and float otherwise.

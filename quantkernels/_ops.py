@@ -480,6 +480,51 @@ def _(
     return _empty_like(input), sums, torch.empty_like(sums)
 
 
+_LEVELS = f"Tensor range, {_GRID}, bool symmetric"
+
+
+def _check_levels(
+    op: str, values: Tensor, range: Tensor, quant_min: int, quant_max: int, symmetric: bool, levels: Tensor
+) -> None:
+    _check_same_device(op, "range", range, values)
+    _check_same_device(op, "levels", levels, values)
+    _check_floating(op, "values", values)
+    _check_dtype(op, "range", range, torch.float32)
+    _check_dtype(op, "levels", levels, torch.uint8)
+    _check_range(op, "range", range, 1)
+    _check_contiguous(op, "range", range)
+    _Quantization(quant_min, quant_max, symmetric).check(op)
+    if quant_max - quant_min >= MOST_LEVELS:
+        fail(op, "quant_max", f"less than quant_min + {MOST_LEVELS}", quant_max)
+    if not any(values.is_contiguous(memory_format=layout) for layout in MEMORY_FORMATS[: max(values.dim() - 2, 1)]):
+        fail(op, "values", "dense", "other strides")
+    size = levels_size(values.numel(), quant_min, quant_max)
+    if levels.dim() != 1 or levels.numel() != size:
+        fail(op, "levels", f"of shape [{size}]", _shape(levels))
+    _check_contiguous(op, "levels", levels)
+
+
+MOST_LEVELS = 256
+"""Integers of a grid whose levels fit a byte."""
+
+
+def levels_size(numel: int, quant_min: int, quant_max: int) -> int:
+    """Bytes of so many levels: two a byte on a grid of at most 16 integers."""
+    return (numel + 1) // 2 if quant_max - quant_min < 16 else numel
+
+
+@_define(f"pack_levels(Tensor values, {_LEVELS}) -> (Tensor levels, Tensor exact)")
+def _(values: Tensor, range: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    levels = values.new_empty((levels_size(values.numel(), quant_min, quant_max),), dtype=torch.uint8)
+    _check_levels("pack_levels", values, range, quant_min, quant_max, symmetric, levels)
+    return levels, values.new_empty((1,), dtype=torch.bool)
+
+
+@_define(f"unpack_levels(Tensor levels, {_LEVELS}, Tensor(a!) values) -> ()")
+def _(levels: Tensor, range: Tensor, quant_min: int, quant_max: int, symmetric: bool, values: Tensor) -> None:
+    _check_levels("unpack_levels", values, range, quant_min, quant_max, symmetric, levels)
+
+
 @_define("straight_through(Tensor grad_output, Tensor mask, int memory_format) -> Tensor")
 def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     op = "straight_through"

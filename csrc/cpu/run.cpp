@@ -2,6 +2,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <memory>
@@ -18,6 +19,7 @@
 #include "activation_kernels.h"
 #include "batch_norm_kernels.h"
 #include "kernels.h"
+#include "levels_kernels.h"
 
 namespace qk::cpu {
 namespace {
@@ -799,6 +801,14 @@ void quantize_activation(const ActivationJob& job, ParallelFor parallel_for) {
   });
 }
 
+const LevelsKernels& levels_kernels() {
+#if defined(__x86_64__)
+  if (&active_kernels() == &kAvx512Kernels) return kAvx512Levels;
+  if (&active_kernels() == &kAvx2Kernels) return kAvx2Levels;
+#endif
+  return kBaselineLevels;
+}
+
 }  // namespace
 
 void run(const ActivationJob& job, ParallelFor parallel_for) {
@@ -810,6 +820,21 @@ void run(const ActivationGradientJob& job, ParallelFor parallel_for) {
   const ActivationKernels& kernels = activation_kernels();
   parallel_elements(parallel_for, job.numel, kArithmeticGrain,
                     [&](int64_t begin, int64_t end) { kernels.gradient(job, begin, end); });
+}
+
+bool pack(const LevelsJob& job, ParallelFor parallel_for) {
+  const LevelsKernels& kernels = levels_kernels();
+  std::atomic<bool> exact{true};
+  parallel_elements(parallel_for, job.numel, kGrain, [&](int64_t begin, int64_t end) {
+    if (!kernels.pack(job, begin, end)) exact.store(false, std::memory_order_relaxed);
+  });
+  return exact.load();
+}
+
+void unpack(const LevelsJob& job, ParallelFor parallel_for) {
+  const LevelsKernels& kernels = levels_kernels();
+  parallel_elements(parallel_for, job.numel, kGrain,
+                    [&](int64_t begin, int64_t end) { kernels.unpack(job, begin, end); });
 }
 
 }  // namespace qk::cpu

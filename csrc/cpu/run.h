@@ -34,5 +34,8 @@ void run(const BatchNormJob& job, ParallelFor parallel_for);
 void run(const BatchNormGradientJob& job, ParallelFor parallel_for);
 void run(const ActivationJob& job, ParallelFor parallel_for);
 void run(const ActivationGradientJob& job, ParallelFor parallel_for);
+// Values to levels; whether the way back gives every value's bits.
+bool pack(const LevelsJob& job, ParallelFor parallel_for);
+void unpack(const LevelsJob& job, ParallelFor parallel_for);
 
 }  // namespace qk::cpu

@@ -173,11 +173,13 @@ class FakeQuantize(nn.Module):
         return output
 
     def _observed(self, quantize: Callable[[Tensor, Tensor, Tensor | None], Tensor], input: Tensor) -> Tensor:
-        if self.frozen and not self.calibrating:
-            return quantize(input, self.active, None)
-        if not torch.compiler.is_compiling():
+        observes = self.calibrating or not self.frozen
+        if observes and not torch.compiler.is_compiling():
             self.__dict__["has_range"] = True
-        return quantize(input, self.active, self.pending)
+        output = quantize(input, self.active, self.pending if observes else None)
+        if self.observers.saved_levels is not None:
+            self.observers.saved_levels.note(output, self, self.active)
+        return output
 
     def _quantize(self, input: Tensor, known: Tensor, pending: Tensor | None) -> Tensor:
         grid = (self.quant_min, self.quant_max)

@@ -14,6 +14,7 @@ from quantkernels._ops import is_recomputing
 
 if TYPE_CHECKING:
     from quantkernels.nn.learned import LearnedFakeQuantize
+    from quantkernels.nn.saved_levels import SavedLevels
 
 STEP = "quantizer_step"
 """The name of the model's buffer that counts its steps: int64, []."""
@@ -53,6 +54,7 @@ class Observers:
         by_optimizer: steps are an optimizer's: forwards neither begin nor end them.
         synchronize: combine what the processes of torch.distributed have seen before it enters the ranges.
         process_group: these processes; None for all.
+        saved_levels: takes note of the outputs that are quantized, in a forward that keeps them as levels; else None.
 
     Source: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.1, and its moving averages.
     """
@@ -68,6 +70,7 @@ class Observers:
         self.by_optimizer = False
         self.synchronize = True
         self.process_group: Any = None
+        self.saved_levels: SavedLevels | None = None
         self._signs: dict[torch.device, Tensor] = {}
 
     @property
@@ -229,7 +232,7 @@ class Observers:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the process group, which belongs to the process."""
-        return {**vars(self), "process_group": None, "_signs": {}}
+        return {**vars(self), "process_group": None, "saved_levels": None, "_signs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes the members, which leave their group out of their own state."""

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from quantkernels._ops import is_recomputing
+from quantkernels.nn import saved_levels as saved_levels_
 from quantkernels.nn.activation import SMOOTH, ActivationFakeQuantize
 from quantkernels.nn.batch_norm import (
     FROZEN,
@@ -119,6 +120,10 @@ class Quantizer(abc.ABC):
         freeze_bn_step: the step of the model from which training normalises with the running statistics of every batch
             norm, as after `freeze_bn()`; None for never. A state that is loaded decides anew, by its count of steps.
             A compiled model whose whole forward is recomputed in the backward needs `optimizer` for it.
+        save_levels: where autograd saves an output that a per-tensor grid of at most 8 bits has quantized, such as the
+            next layer's input, it keeps the integers: a quarter of the memory, half of that again at 4 bits, and the
+            gradients are the same to the bit. In forwards of the model in training mode, on the CPU, not compiled. It
+            uses torch.autograd.graph.saved_tensors_hooks; hooks of yours around the model do not see what is saved.
 
     Attributes:
         model: the model.
@@ -141,6 +146,7 @@ class Quantizer(abc.ABC):
         fuse: bool = True,
         fold: bool = True,
         freeze_bn_step: int | None = None,
+        save_levels: bool = False,
     ) -> None:
         name = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -159,6 +165,7 @@ class Quantizer(abc.ABC):
         self.freeze_bn_step = _checked_step(name, freeze_bn_step)
         self._steps = 0  # as the model's counter; what a forward decides by it must not wait for a device
         self._has_frozen_bn = False
+        self.save_levels = save_levels
         self._folded: list[Chain] = []
         self.batch_norm_notes: list[str] = []
         self.activation_notes: list[str] = []
@@ -754,12 +761,12 @@ class Quantizer(abc.ABC):
             if self._begins_with_forward:
                 observers.begin()
                 self._begins_with_forward = False
-            result = forward(model, *args, **kwargs)
+            result = self._training_forward(model, forward, args, kwargs)
         else:
             observers.begin()
             observers.in_step = True
             try:
-                result = forward(model, *args, **kwargs)
+                result = self._training_forward(model, forward, args, kwargs)
             finally:
                 observers.in_step = False
             observers.end()
@@ -767,6 +774,23 @@ class Quantizer(abc.ABC):
         if not torch.compiler.is_compiling():
             self._report_what_never_ran()
         return result
+
+    def _training_forward(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not self.save_levels:
+            return forward(model, *args, **kwargs)
+        name = f"{type(self).__name__}: expected `save_levels` to be False"
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{name} in a compiled model, whose compiler decides what is saved")
+        if any(tensor.device.type != "cpu" for tensor in self.model.parameters()):
+            raise RuntimeError(f"{name} for a model that is not on the CPU")
+        if self.observers.saved_levels is not None or not saved_levels_.applies(torch.is_grad_enabled()):
+            return forward(model, *args, **kwargs)
+        saved = self.observers.saved_levels = saved_levels_.SavedLevels()
+        try:
+            with saved.saving():
+                return forward(model, *args, **kwargs)
+        finally:
+            self.observers.saved_levels = None
 
     def _report_what_never_ran(self) -> None:
         if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:
