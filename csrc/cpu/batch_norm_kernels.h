@@ -1,5 +1,5 @@
-// Owns the table of batch norm's kernels that every SIMD tier provides: reductions over parts whose sizes depend on the
-// tensor alone, and elementwise passes over parts of any size.
+// Owns what batch norm's kernels are given besides their job: reductions work on parts whose sizes depend on the tensor
+// alone, elementwise passes on parts of any size.
 #pragma once
 
 #include "../numerics/batch_norm_sums.h"
@@ -35,26 +35,5 @@ struct BatchNormPart {
 
 // The columns of a part where a slot is an element of a row: what is kept of them lies in the first-level cache.
 constexpr int64_t kPartColumns = 256;
-
-struct BatchNormKernels {
-  const char* name;
-  // Sums of the part's channels; `shift` is one number for each of them, of the compute type.
-  void (*sums)(const BatchNormJob&, const BatchNormPart&, const void* shift, BatchNormSums* sums);
-  // Normalises and quantizes [begin, end), `begin` a multiple of kPartAlignment. Widens `observed` by the extrema of
-  // the normalised elements unless it is null; as one channel.
-  void (*normalise)(const BatchNormJob&, const BatchNormTable&, Store, const ObservedExtrema* observed, int64_t begin,
-                    int64_t end);
-  // All of one channel, of an inner size that is a multiple of kLanes.
-  void (*normalise_channel)(const BatchNormJob&, const BatchNormTable&, Store, int64_t channel);
-  void (*gradient_sums)(const BatchNormGradientJob&, const BatchNormPart&, BatchNormGradientSums* sums);
-  void (*gradient)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t begin, int64_t end);
-  void (*gradient_channel)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t channel);
-};
-
-extern const BatchNormKernels kBaselineBatchNorm;
-#if defined(__x86_64__)
-extern const BatchNormKernels kAvx2BatchNorm;
-extern const BatchNormKernels kAvx512BatchNorm;
-#endif
 
 }  // namespace qk::cpu

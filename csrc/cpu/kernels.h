@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../jobs.h"
+#include "../numerics/batch_norm_sums.h"
 
 namespace qk::cpu {
 
@@ -101,6 +102,9 @@ struct ObservedExtrema {
   void* max;
 };
 
+struct BatchNormPart;  // batch_norm_kernels.h
+struct BatchNormTable;
+
 struct Kernels {
   const char* name;
   // The slots [begin, end) of the table; `begin` is a multiple of kLanes.
@@ -123,6 +127,25 @@ struct Kernels {
   void (*dorefa_weight_gradient)(const DoReFaWeightGradientJob&, double through_largest, int64_t begin, int64_t end);
   void (*dorefa_activation)(const DoReFaActivationJob&, Store, int64_t begin, int64_t end);
   void (*dorefa_gradient)(const DoReFaGradientJob&, const GradientPart&, Store, int64_t begin, int64_t end);
+  // Sums of the part's channels; `shift` is one number for each of them, of the compute type.
+  void (*batch_norm_sums)(const BatchNormJob&, const BatchNormPart&, const void* shift, BatchNormSums* sums);
+  // Normalises and quantizes [begin, end), `begin` a multiple of kPartAlignment. Widens `observed` by the extrema of
+  // the normalised elements unless it is null; as one channel.
+  void (*normalise)(const BatchNormJob&, const BatchNormTable&, Store, const ObservedExtrema* observed, int64_t begin,
+                    int64_t end);
+  // All of one channel, of an inner size that is a multiple of kLanes.
+  void (*normalise_channel)(const BatchNormJob&, const BatchNormTable&, Store, int64_t channel);
+  void (*batch_norm_gradient_sums)(const BatchNormGradientJob&, const BatchNormPart&, BatchNormGradientSums* sums);
+  void (*batch_norm_gradient)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t begin, int64_t end);
+  void (*batch_norm_gradient_channel)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t channel);
+  // Parts begin at a multiple of kPartAlignment. Widens `observed` by the extrema of the activated elements, as one
+  // channel.
+  void (*activation_fake_quantize)(const ActivationJob&, const ObservedExtrema& observed, int64_t begin, int64_t end);
+  void (*activation_gradient)(const ActivationGradientJob&, int64_t begin, int64_t end);
+  // The levels of the elements [begin, end), `begin` a multiple of kPartAlignment; whether these are the values' own,
+  // to the bit.
+  bool (*pack_levels)(const LevelsJob&, int64_t begin, int64_t end);
+  void (*unpack_levels)(const LevelsJob&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kBaselineKernels;

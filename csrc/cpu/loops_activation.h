@@ -7,7 +7,6 @@
 #include <type_traits>
 
 #include "../numerics/activation.h"
-#include "activation_kernels.h"
 #include "loops_affine.h"
 
 QK_NAMESPACE_BEGIN
@@ -161,7 +160,5 @@ inline void activation_gradient(const ActivationGradientJob& job, int64_t begin,
     });
   });
 }
-
-constexpr cpu::ActivationKernels make_activation_kernels() { return {&activation_fake_quantize, &activation_gradient}; }
 
 QK_NAMESPACE_END

@@ -9,6 +9,7 @@
 #include "../numerics/batch_norm_channel.h"
 #include "batch_norm_kernels.h"
 #include "loops_affine.h"
+#include "loops_dorefa.h"
 
 QK_NAMESPACE_BEGIN
 
@@ -23,14 +24,6 @@ QK_INLINE Sums add_squares(const Sums& sums, const Sums& x) {
   } else {
     return sums + x * x;
   }
-}
-
-QK_INLINE double sum_of_lanes(const Sums& sums) {
-  double lane[kLanes];
-  sums.store(lane);
-  double sum = 0.0;
-  for (const double s : lane) sum += s;
-  return sum;
 }
 
 // Of a dense run that ends with the tensor, a vector that may go past the end: zeros stand there.
@@ -625,8 +618,8 @@ class GradientElement {
   const uint8_t* mask_;
 };
 
-inline void gradient(const BatchNormGradientJob& job, const BatchNormTable& table, Store store, int64_t begin,
-                     int64_t end) {
+inline void batch_norm_gradient(const BatchNormGradientJob& job, const BatchNormTable& table, Store store,
+                                int64_t begin, int64_t end) {
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
     using T = typename ComputeType<S>::type;
@@ -638,8 +631,8 @@ inline void gradient(const BatchNormGradientJob& job, const BatchNormTable& tabl
   });
 }
 
-inline void gradient_channel(const BatchNormGradientJob& job, const BatchNormTable& table, Store store,
-                             int64_t channel) {
+inline void batch_norm_gradient_channel(const BatchNormGradientJob& job, const BatchNormTable& table, Store store,
+                                        int64_t channel) {
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
     using T = typename ComputeType<S>::type;
@@ -651,11 +644,6 @@ inline void gradient_channel(const BatchNormGradientJob& job, const BatchNormTab
       }
     });
   });
-}
-
-constexpr cpu::BatchNormKernels make_batch_norm_kernels(const char* name) {
-  return {name,      &batch_norm_sums, &normalise, &normalise_channel, &batch_norm_gradient_sums,
-          &gradient, &gradient_channel};
 }
 
 QK_NAMESPACE_END

@@ -5,7 +5,6 @@
 
 #include "../numerics/dispatch.h"
 #include "../numerics/levels.h"
-#include "levels_kernels.h"
 
 QK_NAMESPACE_BEGIN
 
@@ -78,7 +77,5 @@ inline bool pack_levels(const LevelsJob& job, int64_t begin, int64_t end) {
 inline void unpack_levels(const LevelsJob& job, int64_t begin, int64_t end) {
   dispatch_storage(job.dtype, [&](auto type) { unpack_levels<decltype(type)>(job, begin, end); });
 }
-
-constexpr cpu::LevelsKernels make_levels_kernels() { return {&pack_levels, &unpack_levels}; }
 
 QK_NAMESPACE_END

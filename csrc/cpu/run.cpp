@@ -16,10 +16,8 @@
 #include "../numerics/dorefa.h"
 #include "../numerics/extrema.h"
 #include "../numerics/half.h"
-#include "activation_kernels.h"
 #include "batch_norm_kernels.h"
 #include "kernels.h"
-#include "levels_kernels.h"
 
 namespace qk::cpu {
 namespace {
@@ -511,14 +509,6 @@ void run(const DoReFaGradientJob& job, ParallelFor parallel_for) {
 
 namespace {
 
-const BatchNormKernels& batch_norm_kernels() {
-#if defined(__x86_64__)
-  if (&active_kernels() == &kAvx512Kernels) return kAvx512BatchNorm;
-  if (&active_kernels() == &kAvx2Kernels) return kAvx2BatchNorm;
-#endif
-  return kBaselineBatchNorm;
-}
-
 // How a tensor is cut into parts that are summed apart. By its sizes alone, so that sums depend on no number of
 // threads.
 class BatchNormParts {
@@ -624,7 +614,7 @@ class BatchNorm {
   BatchNorm(const BatchNormJob& job, ParallelFor parallel_for)
       : job_(job),
         parallel_for_(parallel_for),
-        kernels_(batch_norm_kernels()),
+        kernels_(active_kernels()),
         constants_(job.view),
         store_(store_for(job.quantization.input, job.quantization.output, numel() * element_size(dtype()))),
         shifts_(job.frozen ? 0 : static_cast<size_t>(job.view.channels)),
@@ -661,7 +651,7 @@ class BatchNorm {
 
   auto part_sums() const {
     return [this](const BatchNormPart& part, BatchNormSums* sums) {
-      kernels_.sums(job_, part, &shifts_[static_cast<size_t>(part.channel_begin)], sums);
+      kernels_.batch_norm_sums(job_, part, &shifts_[static_cast<size_t>(part.channel_begin)], sums);
     };
   }
 
@@ -709,7 +699,7 @@ class BatchNorm {
 
   const BatchNormJob& job_;
   ParallelFor parallel_for_;
-  const BatchNormKernels& kernels_;
+  const Kernels& kernels_;
   BatchNormConstants<T, kNormalisedConstants> constants_;
   Store store_;
   std::vector<T> shifts_;
@@ -722,7 +712,7 @@ class BatchNormBackward {
   BatchNormBackward(const BatchNormGradientJob& job, ParallelFor parallel_for)
       : job_(job),
         parallel_for_(parallel_for),
-        kernels_(batch_norm_kernels()),
+        kernels_(active_kernels()),
         constants_(job.view),
         store_(store_for(job.grad_output, job.grad_input, job.view.numel() * element_size(job.dtype))) {}
 
@@ -734,14 +724,14 @@ class BatchNormBackward {
       return;
     }
     const auto part_sums = [this](const BatchNormPart& part, BatchNormGradientSums* sums) {
-      kernels_.gradient_sums(job_, part, sums);
+      kernels_.batch_norm_gradient_sums(job_, part, sums);
     };
     if (by_channel(view, job_.dtype, 2)) {
       parallel(parallel_for_, view.channels, std::max<int64_t>(kArithmeticGrain / (view.outer * view.inner), 1),
                [&](int64_t begin, int64_t end) {
                  for (int64_t c = begin; c < end; ++c) {
                    finish(c, sum_channel(view, c, kNone, part_sums));
-                   kernels_.gradient_channel(job_, constants_.by_channel(), store_, c);
+                   kernels_.batch_norm_gradient_channel(job_, constants_.by_channel(), store_, c);
                  }
                });
       return;
@@ -749,19 +739,20 @@ class BatchNormBackward {
     const std::vector<BatchNormGradientSums> sums = sum_channels(view, parallel_for_, kNone, part_sums);
     for (int64_t c = 0; c < view.channels; ++c) finish(c, sums[static_cast<size_t>(c)]);
     const BatchNormTable table = constants_.spread();
-    parallel_elements(parallel_for_, view.numel(), kGrain,
-                      [&](int64_t begin, int64_t end) { kernels_.gradient(job_, table, store_, begin, end); });
+    parallel_elements(parallel_for_, view.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      kernels_.batch_norm_gradient(job_, table, store_, begin, end);
+    });
   }
 
  private:
   void finish(int64_t c, const BatchNormGradientSums& sums) {
-    const GradientConstants<T> g = set_gradients<T>(job_, c, sums);
+    const InputGradientConstants<T> g = set_gradients<T>(job_, c, sums);
     constants_.set(c, {g.mean, g.factor, g.slope, g.constant});
   }
 
   const BatchNormGradientJob& job_;
   ParallelFor parallel_for_;
-  const BatchNormKernels& kernels_;
+  const Kernels& kernels_;
   BatchNormConstants<T, kGradientConstants> constants_;
   Store store_;
 };
@@ -780,33 +771,17 @@ void run(const BatchNormGradientJob& job, ParallelFor parallel_for) {
 
 namespace {
 
-const ActivationKernels& activation_kernels() {
-#if defined(__x86_64__)
-  if (&active_kernels() == &kAvx512Kernels) return kAvx512Activation;
-  if (&active_kernels() == &kAvx2Kernels) return kAvx2Activation;
-#endif
-  return kBaselineActivation;
-}
-
 template <class T>
 void quantize_activation(const ActivationJob& job, ParallelFor parallel_for) {
   std::mutex widening;
-  const ActivationKernels& kernels = activation_kernels();
+  const Kernels& kernels = active_kernels();
   parallel_elements(parallel_for, job.quantization.view.numel(), kArithmeticGrain, [&](int64_t begin, int64_t end) {
     ChannelExtrema<T> seen(1);
-    kernels.fake_quantize(job, {seen.min.data(), seen.max.data()}, begin, end);
+    kernels.activation_fake_quantize(job, {seen.min.data(), seen.max.data()}, begin, end);
     if (job.quantization.pending == nullptr) return;
     const std::lock_guard<std::mutex> lock(widening);
     widen_pending(job.quantization, seen);
   });
-}
-
-const LevelsKernels& levels_kernels() {
-#if defined(__x86_64__)
-  if (&active_kernels() == &kAvx512Kernels) return kAvx512Levels;
-  if (&active_kernels() == &kAvx2Kernels) return kAvx2Levels;
-#endif
-  return kBaselineLevels;
 }
 
 }  // namespace
@@ -817,24 +792,24 @@ void run(const ActivationJob& job, ParallelFor parallel_for) {
 }
 
 void run(const ActivationGradientJob& job, ParallelFor parallel_for) {
-  const ActivationKernels& kernels = activation_kernels();
+  const Kernels& kernels = active_kernels();
   parallel_elements(parallel_for, job.numel, kArithmeticGrain,
-                    [&](int64_t begin, int64_t end) { kernels.gradient(job, begin, end); });
+                    [&](int64_t begin, int64_t end) { kernels.activation_gradient(job, begin, end); });
 }
 
 bool pack(const LevelsJob& job, ParallelFor parallel_for) {
-  const LevelsKernels& kernels = levels_kernels();
+  const Kernels& kernels = active_kernels();
   std::atomic<bool> exact{true};
   parallel_elements(parallel_for, job.numel, kGrain, [&](int64_t begin, int64_t end) {
-    if (!kernels.pack(job, begin, end)) exact.store(false, std::memory_order_relaxed);
+    if (!kernels.pack_levels(job, begin, end)) exact.store(false, std::memory_order_relaxed);
   });
   return exact.load();
 }
 
 void unpack(const LevelsJob& job, ParallelFor parallel_for) {
-  const LevelsKernels& kernels = levels_kernels();
+  const Kernels& kernels = active_kernels();
   parallel_elements(parallel_for, job.numel, kGrain,
-                    [&](int64_t begin, int64_t end) { kernels.unpack(job, begin, end); });
+                    [&](int64_t begin, int64_t end) { kernels.unpack_levels(job, begin, end); });
 }
 
 }  // namespace qk::cpu

@@ -2,11 +2,14 @@
 // on, and the table of their addresses. The includer defines QK_ARCH and includes its vector header first.
 #pragma once
 
+#include "loops_activation.h"
 #include "loops_affine.h"
+#include "loops_batch_norm.h"
 #include "loops_dorefa.h"
 #include "loops_extrema.h"
 #include "loops_gradient.h"
 #include "loops_learned.h"
+#include "loops_levels.h"
 
 QK_NAMESPACE_BEGIN
 
@@ -24,7 +27,17 @@ constexpr cpu::Kernels make_kernels(const char* name) {
           &dorefa_weight_sums,
           &dorefa_weight_gradient,
           &dorefa_activation,
-          &dorefa_gradient};
+          &dorefa_gradient,
+          &batch_norm_sums,
+          &normalise,
+          &normalise_channel,
+          &batch_norm_gradient_sums,
+          &batch_norm_gradient,
+          &batch_norm_gradient_channel,
+          &activation_fake_quantize,
+          &activation_gradient,
+          &pack_levels,
+          &unpack_levels};
 }
 
 QK_NAMESPACE_END

@@ -32,7 +32,7 @@ struct ChannelWorkspace {
 template <class S>
 using ForwardWorkspace = ChannelWorkspace<S, NormaliseConstants<Compute<S>>, StatisticsTerm<S>>;
 template <class S>
-using BackwardWorkspace = ChannelWorkspace<S, GradientConstants<Compute<S>>, GradientTerm<S>>;
+using BackwardWorkspace = ChannelWorkspace<S, InputGradientConstants<Compute<S>>, GradientTerm<S>>;
 
 bool sums_up(const BatchNormJob& job) { return !job.frozen && job.view.numel() > 0; }
 bool sums_up(const BatchNormGradientJob& job) { return job.view.numel() > 0; }

@@ -205,7 +205,7 @@ struct GradientTerm {
 template <class T>
 struct StoreGradients {
   BatchNormGradientJob job;
-  GradientConstants<T>* table;
+  InputGradientConstants<T>* table;
 
   __device__ __forceinline__ void operator()(int64_t channel, const BatchNormGradientSums& sums) const {
     table[channel] = set_gradients<T>(job, channel, sums);
@@ -227,12 +227,12 @@ struct BatchNormInputGradient {
 
   BatchNormGradientJob job;
   int64_t numel;
-  const GradientConstants<Compute<S>>* table;
+  const InputGradientConstants<Compute<S>>* table;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
     constexpr int N = kChunkElements<S, kAligned>;
-    ChannelRows<GradientConstants<T>, kElements, kMixed> rows(job.view, table, first);
+    ChannelRows<InputGradientConstants<T>, kElements, kMixed> rows(job.view, table, first);
     unsigned bits = load_mask<kElements, kAligned>(job.mask, first, elements_left<kElements>(first, numel));
 #pragma unroll 1
     for (int at = 0; at < kElements; at += N) {
@@ -242,7 +242,7 @@ struct BatchNormInputGradient {
       for (int part = 0; part < N; part += kPart) {
 #pragma unroll
         for (int i = 0; i < kPart; ++i) {
-          const GradientConstants<T>& c = rows.next();
+          const InputGradientConstants<T>& c = rows.next();
           const T passing = (bits & 1u) != 0 ? widen(g[i]) : T(0);
           bits >>= 1;
           g[i] = narrow<S>(input_gradient(passing, widen(x[i]), c.mean, c.factor, c.slope, c.constant));
@@ -256,7 +256,7 @@ struct BatchNormInputGradient {
 };
 
 template <class S>
-cudaError_t launch_input_gradient(const BatchNormGradientJob& job, const GradientConstants<Compute<S>>* table,
+cudaError_t launch_input_gradient(const BatchNormGradientJob& job, const InputGradientConstants<Compute<S>>* table,
                                   Stream stream) {
   const int64_t numel = job.view.numel();
   const bool aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.input) &&

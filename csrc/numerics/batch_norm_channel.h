@@ -13,7 +13,7 @@ struct alignas(16) NormaliseConstants {
   T mean, factor, bias;
 };
 template <class T>
-struct alignas(16) GradientConstants {
+struct alignas(16) InputGradientConstants {
   T mean, factor, slope, constant;
 };
 
@@ -76,7 +76,7 @@ QK_INLINE Extrema<T> normalised_extrema(const NormaliseConstants<T>& c, T min, T
 
 // Writes the gradients of a channel's weight and bias.
 template <class T>
-QK_INLINE GradientConstants<T> set_gradients(const BatchNormGradientJob& job, int64_t channel,
+QK_INLINE InputGradientConstants<T> set_gradients(const BatchNormGradientJob& job, int64_t channel,
                                              const BatchNormGradientSums& sums) {
   const T inverse_std = static_cast<const T*>(job.inverse_std)[channel];
   static_cast<T*>(job.grad_weight)[channel] =
