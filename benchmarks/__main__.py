@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import accept, gpu, heap, machine, plan, tiers
+from benchmarks import accept, gpu, heap, machine, peers, plan, tiers
 from benchmarks.case import Measurement, Row, measure, rows_of, table_text, write_csv
 from benchmarks.timing import Effort
 
@@ -93,6 +93,9 @@ def main() -> None:
     if "kernels" in arguments.parts:
         recorder.run(plan.kernel_cases(mode), mode.kernels)
     if "training" in arguments.parts:
+        for package in ("torchao", "brevitas"):
+            if not peers.has(package):
+                print(f"{package}: not installed, not measured", flush=True)
         recorder.run(plan.training_cases(mode), mode.training)
     if "tiers" in arguments.parts:
         digests = _run_tiers(recorder, mode, keeps_memory)

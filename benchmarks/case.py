@@ -167,7 +167,7 @@ def check(case: Case) -> dict[str, str]:
         except (NotImplementedError, RuntimeError) as error:
             if not candidate.optional:
                 raise
-            left_out[name] = f"raises {type(error).__name__}"
+            left_out[name] = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             continue
         if candidate.tolerance is None:
             continue

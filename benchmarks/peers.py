@@ -1,7 +1,9 @@
-"""The competition: ATen's operators, torch.ao's modules, torch.compile of the reference, and eager compositions."""
+"""The competition: ATen's operators, torch.ao's modules, torchao's PT2E flow and brevitas where they are installed,
+torch.compile of the reference, and eager compositions."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -36,17 +38,56 @@ def ao_fake_quantize_per_channel(axis: int, device: str = "cpu") -> nn.Module:
 
 
 def ao_fake_quantize_weight() -> nn.Module:
-    """The same for a weight: 8 bits, symmetric, per tensor."""
+    """The same for a weight: 8 bits, symmetric, per output channel."""
     return cast(
         nn.Module,
         FusedMovingAvgObsFakeQuantize(
-            MovingAverageMinMaxObserver,
+            MovingAveragePerChannelMinMaxObserver,
             quant_min=-127,
             quant_max=127,
             dtype=torch.qint8,
-            qscheme=torch.per_tensor_symmetric,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
         ),
     )
+
+
+def has(package: str) -> bool:
+    """Whether an optional peer is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def with_pt2e(model: nn.Module, images: Tensor) -> nn.Module:
+    """torchao's quantization-aware training of an exported graph, as its X86 Inductor quantizer sets it."""
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    return cast(nn.Module, prepare_qat_pt2e(torch.export.export(model.train(), (images,)).module(), quantizer))
+
+
+def brevitas_fake_quantize() -> nn.Module:
+    """brevitas's quantizer of an activation: 8 bits, affine grid from 0, per tensor."""
+    import brevitas.nn
+    from brevitas.quant import Uint8ActPerTensorFloat
+
+    return cast(nn.Module, brevitas.nn.QuantIdentity(act_quant=Uint8ActPerTensorFloat))
+
+
+def brevitas_layer(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    """The same layer with brevitas's 8-bit symmetric weights, a scale per output channel."""
+    import brevitas.nn
+    from brevitas.quant import Int8WeightPerChannelFloat
+
+    options: dict[str, Any] = {"bias": layer.bias is not None, "weight_quant": Int8WeightPerChannelFloat}
+    if isinstance(layer, nn.Linear):
+        result = brevitas.nn.QuantLinear(layer.in_features, layer.out_features, **options)
+    else:
+        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+        result = brevitas.nn.QuantConv2d(*shape, groups=layer.groups, **options)
+    result.load_state_dict(layer.state_dict(), strict=False)
+    return cast(nn.Module, result)
 
 
 def compiled(function: Function) -> Function:

@@ -49,6 +49,7 @@ _LAYOUTS = ("contiguous", "channels_last")
 _EXPONENTS = range(10, 25, 2)
 _HALF_DTYPES = ("float16", "bfloat16")
 _TRAINING_THREADS = 2
+_QUICKLY_COMPILED = (training_step.MOBILENET, training_step.VGG)  # half a minute each
 
 
 def thread_counts() -> tuple[int, ...]:
@@ -130,4 +131,5 @@ def kernel_cases(mode: Mode) -> Iterator[Build]:
 def training_cases(mode: Mode) -> Iterator[Build]:
     counts = (_TRAINING_THREADS,) if mode is QUICK else (1, _TRAINING_THREADS)
     for threads, network, layout in itertools.product(counts, training_step.NETWORKS, _LAYOUTS):
-        yield functools.partial(training_step.training_step, network, layout, threads)
+        compiles = threads == _TRAINING_THREADS and (mode is not QUICK or network in _QUICKLY_COMPILED)
+        yield functools.partial(training_step.training_step, network, layout, threads, compiles)

@@ -1,10 +1,11 @@
-"""Whole training steps of two small networks: float, quantkernels and torch.ao, and the bytes saved for backward."""
+"""Whole training steps of small networks: float, quantkernels and its peers, and the bytes saved for backward."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -17,10 +18,11 @@ from benchmarks.case import OURS, Candidate, Case, Workload
 from benchmarks.timing import torch_threads
 from quantkernels.quantizers import QAT_Quantizer
 
-FLOAT = "float"
-AO = "torch.ao"
+FLOAT, COMPILED_FLOAT = "float", "float, compiled"
+COMPILED, SAVED = "quantkernels, compiled", "quantkernels, save_levels"
+AO, PT2E, BREVITAS = "torch.ao", "torchao PT2E", "brevitas"
 STEP = "step"
-MOBILENET, VGG = "MobileNet-like", "VGG-like"
+MOBILENET, VGG, MOBILENET_V3, RESNET = "MobileNet-like", "VGG-like", "MobileNetV3-like", "residual"
 
 _IMAGES = (32, 3, 32, 32)
 _CLASSES = 10
@@ -30,10 +32,10 @@ _CONFIG = [
         "quant_types": ["weight"],
         "quant_bits": 8,
         "quant_dtype": "int",
-        "quant_scheme": "per_tensor_symmetric",
+        "quant_scheme": "per_channel_symmetric",
         "op_types": ["Conv2d", "Linear"],
     },
-    {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU", "ReLU6"]},
+    {"quant_types": ["output"], "quant_bits": 8, "op_types": ["ReLU", "ReLU6", "Hardswish"]},
 ]
 
 
@@ -66,21 +68,93 @@ def _vgg() -> nn.Module:
     return nn.Sequential(*(_conv(i, o, 3, nn.ReLU, stride) for i, o, stride in widths), _head(256))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {MOBILENET: _mobilenet, VGG: _vgg}
+class _Inverted(nn.Module):
+    """MobileNetV3's block without squeeze and excitation: wide, depthwise, narrow, and a sum where shapes allow it."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        wide = 4 * inputs
+        self.body = nn.Sequential(
+            _conv(inputs, wide, 1, nn.Hardswish),
+            _conv(wide, wide, 3, nn.Hardswish, stride, groups=wide),
+            nn.Conv2d(wide, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.adds = inputs == outputs and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return x + y if self.adds else y
 
 
-def _with_quantkernels(model: nn.Module) -> nn.Module:
-    return QAT_Quantizer(model, _CONFIG).compress()
+def _mobilenet_v3() -> nn.Module:
+    widths = ((16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
+    body = (_Inverted(*width) for width in widths)
+    return nn.Sequential(_conv(3, 16, 3, nn.Hardswish), *body, _conv(64, 256, 1, nn.Hardswish), _head(256))
 
 
-def _with_torch_ao(model: nn.Module) -> nn.Module:
+class _Residual(nn.Module):
+    """torchvision's basic block, its one ReLU in two places."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        shortcut = (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.downsample = nn.Sequential(*shortcut) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        result: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return result
+
+
+def _resnet() -> nn.Module:
+    widths = ((32, 32, 1), (32, 64, 2), (64, 128, 2))
+    return nn.Sequential(_conv(3, 32, 3, nn.ReLU), *(_Residual(*width) for width in widths), _head(128))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    MOBILENET: _mobilenet,
+    VGG: _vgg,
+    MOBILENET_V3: _mobilenet_v3,
+    RESNET: _resnet,
+}
+
+
+def _with_quantkernels(model: nn.Module, images: Tensor, **options: Any) -> nn.Module:
+    return QAT_Quantizer(model, _CONFIG, dummy_input=images, **options).compress()
+
+
+def _activations(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every activation with its parent and its name there."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ReLU | nn.ReLU6 | nn.Hardswish)
+    ]
+
+
+def _with_torch_ao(model: nn.Module, images: Tensor) -> nn.Module:
+    for parent, name, activation in _activations(model):
+        setattr(parent, name, nn.Sequential(activation, peers.ao_fake_quantize()))
     for module in list(model.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
             parametrize.register_parametrization(module, "weight", peers.ao_fake_quantize_weight())
-        elif isinstance(module, nn.Sequential):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.ReLU | nn.ReLU6):
-                    setattr(module, name, nn.Sequential(child, peers.ao_fake_quantize()))
+    return model
+
+
+def _with_brevitas(model: nn.Module, images: Tensor) -> nn.Module:
+    for parent, name, activation in _activations(model):
+        setattr(parent, name, nn.Sequential(activation, peers.brevitas_fake_quantize()))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Conv2d | nn.Linear):
+                setattr(parent, name, peers.brevitas_layer(child))
     return model
 
 
@@ -130,26 +204,50 @@ def _step(model: nn.Module, images: Tensor, classes: Tensor) -> Callable[[], Ten
     return run
 
 
-def training_step(network: str, layout: str, threads: int) -> Case:
+def _refused(error: ValueError) -> Candidate:
+    """What stands for a peer that does not take the network."""
+
+    def run() -> Tensor:
+        raise NotImplementedError(str(error))
+
+    return Candidate(run, optional=True)
+
+
+def training_step(network: str, layout: str, threads: int, compiles: bool) -> Case:
     """Forward, loss, backward and SGD step on 32 images, 8-bit weights and activations.
 
     The first losses are compared: eight bits change them by less than a tenth.
+
+    Args:
+        compiles: measure float and quantkernels under torch.compile too.
     """
     torch.manual_seed(0)
     memory_format = _LAYOUTS[layout]
     model = NETWORKS[network]().to(memory_format=memory_format)  # type: ignore[call-overload]
     images = torch.randn(_IMAGES).to(memory_format=memory_format)
     classes = torch.randint(0, _CLASSES, _IMAGES[:1])
-    models = {
-        FLOAT: model,
-        OURS: _with_quantkernels(copy.deepcopy(model)),
-        AO: _with_torch_ao(copy.deepcopy(model)),
+    makers: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
+        FLOAT: lambda model, _: model,
+        OURS: _with_quantkernels,
+        SAVED: functools.partial(_with_quantkernels, save_levels=True),
+        AO: _with_torch_ao,
+        **({PT2E: peers.with_pt2e} if peers.has("torchao") else {}),
+        **({BREVITAS: _with_brevitas} if peers.has("brevitas") else {}),
     }
     with torch_threads(threads):
         first_loss = F.cross_entropy(copy.deepcopy(model)(images), classes)
-        candidates = {
-            name: Candidate(_step(model, images, classes), 0.1, bytes_saved=bytes_saved(model, images, classes))
-            for name, model in models.items()
-        }
+        models: dict[str, nn.Module] = {}
+        candidates = {}
+        for name, make in makers.items():
+            try:
+                models[name] = make(copy.deepcopy(model), images)
+            except ValueError as error:
+                candidates[name] = _refused(error)
+                continue
+            saved = bytes_saved(models[name], images, classes)
+            candidates[name] = Candidate(_step(models[name], images, classes), 0.1, bytes_saved=saved)
+        for name, eager in ((COMPILED_FLOAT, FLOAT), (COMPILED, OURS)) if compiles else ():
+            compiled = cast("nn.Module", torch.compile(copy.deepcopy(models[eager]), dynamic=False))
+            candidates[name] = Candidate(_step(compiled, images, classes), 0.1)
     work = Workload(network, STEP, numel=_IMAGES[0], layout=layout, threads=threads)
     return Case(work, candidates, lambda: (first_loss,), baseline=FLOAT)
