@@ -257,14 +257,15 @@ def report_text(verdicts: Sequence[Verdict], tier: str) -> str:
     """A table with a line a bound, under the tier it was measured on."""
     outcomes = {True: "PASS", False: "FAIL", None: "not measured"}
     lines = [
-        f"Acceptance lines (issue 3: 1 to 10; 7 and 8 as issue 16 has them; i5: issue 5; t: threads, issue 3 item 5), on tier {tier}; the lines are "
-        "stated for AVX-512." + ("" if tier == "avx512" else " THIS RUN HAD NONE: the verdicts are its own tier's.")
+        "Acceptance lines (issue 3: 1 to 10; 7 and 8 as issue 16 has them; i5: issue 5; t: threads, issue 3 item 5), "
+        f"on tier {tier}; the lines are stated for AVX-512."
+        + ("" if tier == "avx512" else " THIS RUN HAD NONE: the verdicts are its own tier's.")
     ]
     lines.append(
-        f"{'':49s}{'bound':>9s}  {'worst':>7s} {'best':>7s} {'fastest':>7s} {'clamps':>7s}  verdict       "
+        f"{'':67s}{'bound':>9s}  {'worst':>7s} {'best':>7s} {'fastest':>7s} {'clamps':>7s}  verdict       "
         "where the worst was"
     )
     for v in verdicts:
         figures = f"{v.bound:>9s}  {v.figure or '-':>7s} {v.best:>7s} {v.fastest:>7s} {v.clamps:>7s}"
-        lines.append(f"{v.line:>3s}  {v.text:44s}{figures}  {outcomes[v.passed]:12s}  {tier}: {v.where}".rstrip(": "))
+        lines.append(f"{v.line:>3s}  {v.text:62s}{figures}  {outcomes[v.passed]:12s}  {tier}: {v.where}".rstrip(": "))
     return "\n".join(lines)
