@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional
+from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer, functional, recipes
 from quantkernels.export import IntegerModel, VerificationError, integer_model, verify
 from quantkernels.export import onnx as export_onnx
 from quantkernels.export.verification import run
@@ -496,3 +496,40 @@ def test_weights_in_groups_are_int4_by_block_size(scheme: str) -> None:
     kinds = {value.name: value.data_type for value in graph.initializer}
     assert kinds["0.weight.quantized"] == onnx.TensorProto.INT4
     verify(quantizer, found)
+
+
+class SharedReLU(nn.Module):
+    """torchvision's basic block: one ReLU in two places, the second behind a sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+        return result
+
+
+def test_a_module_called_twice_and_parameters_of_equal_values() -> None:
+    torch.manual_seed(0)
+    # Untrained: every batch norm has the same weights and biases, which an exporter may take for one.
+    blocks = [SharedReLU(8), SharedReLU(8)]
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Hardswish(), *blocks)
+    x = torch.rand(32, 1, 12, 12)
+    quantizer = QAT_Quantizer(model, recipes.onnxruntime(model), dummy_input=x)
+    quantizer.compress()
+    for _ in range(3):
+        model(x)
+    model.eval()
+    exported = integer_model(quantizer, x)
+    found = verify(quantizer, exported)  # raises where a tensor differs
+    assert found.integer_share == 1.0
+    names = [node.name for node in onnx.load_from_string(exported.serialized()).graph.node if node.name]
+    assert len(names) == len(set(names))
+    assert {"3.relu.output_quantizer.quantize", "3.relu.output_quantizer.quantize.2"} <= set(names)
+    assert [piece.output for piece in found.pieces].count("3.relu.output_quantizer") == 2, "each call is compared"
+    assert set(exported.placed.bias_shifts) == {f"{name}.bias" for name in ("1", "3.bn1", "3.bn2", "4.bn1", "4.bn2")}

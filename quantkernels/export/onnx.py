@@ -198,10 +198,31 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opse
             opset_version=opset,
             dynamic_shapes=_dynamic_shapes(args, kwargs),
             custom_translation_table=translation_table(),
+            optimize=False,
             verbose=False,
         )
     assert program is not None
+    _optimize(program.model)
     return program.model
+
+
+def _optimize(model: Any) -> None:
+    """What torch.onnx.export would do, but for one step: parameters of equal values stay apart, each with its name."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(model)
+        rewriter.rewrite(model)
+    for simplify in (
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        simplify(model)
 
 
 @contextmanager

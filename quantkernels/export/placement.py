@@ -120,6 +120,7 @@ class Placement:
         self._weight_of: dict[ir.Value, IntegerWeight] = {}
         self._quantized: dict[tuple[Any, ...], ir.Value] = {}
         self._used_names: set[str] = set()
+        self._used_node_names: set[str] = set()
 
     def run(self) -> Placed:
         """Places everything.
@@ -295,8 +296,10 @@ class Placement:
             return
         grid = self._on_grid[source]
         parameters, dtype, name = list(dequantize.inputs[1:]), _activation_dtype(grid), str(node.name)
-        quantize = ir.node("QuantizeLinear", [output, *parameters], name=self._name(f"{name}.quantize"))
-        result = ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], name=self._name(f"{name}.dequantize"))
+        quantize = ir.node("QuantizeLinear", [output, *parameters], name=self._node_name(f"{name}.quantize"))
+        result = ir.node(
+            "DequantizeLinear", [quantize.outputs[0], *parameters], name=self._node_name(f"{name}.dequantize")
+        )
         self._describe(quantize.outputs[0], output, dtype, f"{output.name}.quantized")
         self._describe(result.outputs[0], output, None, f"{output.name}.dequantized")
         for user, index in list(output.uses()):
@@ -537,7 +540,7 @@ class Placement:
         dtype: np.dtype[Any] | None = None,
     ) -> ir.Value:
         """Inserts a node and returns its output, which has the shape of `like`."""
-        node = ir.node(op_type, list(inputs), attributes=attributes, name=name)
+        node = ir.node(op_type, list(inputs), attributes=attributes, name=self._node_name(name))
         self.graph.insert_before(before, node)
         self._describe(node.outputs[0], like, dtype, f"{name}.output")
         return node.outputs[0]
@@ -562,6 +565,15 @@ class Placement:
         if is_output:
             old.name = f"{name}.before"
             new.name = name
+
+    def _node_name(self, name: str) -> str:
+        """A module that is called twice, such as a shared ReLU, makes nodes twice: the second gets a number."""
+        number, unique = 1, name
+        while unique in self._used_node_names:
+            number += 1
+            unique = f"{name}.{number}"
+        self._used_node_names.add(unique)
+        return unique
 
     def _name(self, name: str) -> str:
         number, unique = 1, name

@@ -294,24 +294,28 @@ def _piecewise(
     proto = onnx.load_from_string(exported.serialized())
     made: dict[str, list[Any]] = {}
     for node in proto.graph.node:
-        key = node.name.removesuffix(".dequantize")
+        key = re.sub(r"\.dequantize(\.\d+)?$", "", node.name)
         if node.op_type == "DequantizeLinear" and key in expected:
             made.setdefault(key, []).append(node)
     feeds = dict(feeds)
     pieces = []
+    outputs = {output.name for output in proto.graph.output}
     for key, nodes in made.items():
-        if len(nodes) == 1 and nodes[0].output[0] not in {output.name for output in proto.graph.output}:
-            pieces.append((key, nodes[0].output[0]))
-            feeds[f"{key}.given"] = expected[key][0].numpy()
-            _give(proto.graph, nodes[0], f"{key}.given")
-    proto.graph.output.extend(onnx.ValueInfoProto(name=value) for _, value in pieces)
+        if len(nodes) != len(expected[key]):
+            continue  # one value quantized in several calls, or one call's on several grids
+        for call, (node, (value, grid)) in enumerate(zip(nodes, expected[key], strict=True)):
+            if node.output[0] not in outputs:
+                pieces.append((key, node.output[0], value, grid))
+                feeds[f"{key}.{call}.given"] = value.numpy()
+                _give(proto.graph, node, f"{key}.{call}.given")
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for _, name, *_ in pieces)
     values = run(proto.SerializeToString(), feeds, optimized=optimized)
     names = [str(output.name) for output in exported.model.graph.outputs]
     finals = _outputs(model, exported)
     grids = exported.placed.grids
     found = [
-        compare(key, value.reshape(expected[key][0].shape), *expected[key])
-        for (key, _), value in zip(pieces, values[len(names) :], strict=True)
+        compare(key, actual.reshape(value.shape), value, grid)
+        for (key, _, value, grid), actual in zip(pieces, values[len(names) :], strict=True)
     ]
     return (*found, *_agreements(names, values[: len(names)], finals, grids))
 
@@ -333,11 +337,11 @@ def _give(graph: Any, dequantize: Any, name: str) -> None:
     graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
 
 
-def _quantized_values(model: nn.Module, exported: IntegerModel) -> dict[str, tuple[Tensor, Grid | None]]:
-    """What each quantizer of an input or output gives in one call of the model, the last where it is called often."""
+def _quantized_values(model: nn.Module, exported: IntegerModel) -> dict[str, list[tuple[Tensor, Grid | None]]]:
+    """What each quantizer of an input or output gives in one call of the model, at each of its own calls."""
     from quantkernels.quantizers.base import Quantizer
 
-    values: dict[str, tuple[Tensor, Grid | None]] = {}
+    values: dict[str, list[tuple[Tensor, Grid | None]]] = {}
     handles = []
     for named in named_quantizers(Quantizer.of(model)):
         if named.quant_type in ("input", "output"):
@@ -351,8 +355,8 @@ def _quantized_values(model: nn.Module, exported: IntegerModel) -> dict[str, tup
     return values
 
 
-def _keeper(values: dict[str, Any], name: str, grid: Grid | None) -> Any:
+def _keeper(values: dict[str, list[tuple[Tensor, Grid | None]]], name: str, grid: Grid | None) -> Any:
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        values[name] = (output.detach().clone(), grid)
+        values.setdefault(name, []).append((output.detach().clone(), grid))
 
     return keep
