@@ -213,7 +213,7 @@ def _optimize(model: Any) -> None:
 
     common.InlinePass()(model)
     for _ in range(2):
-        optimizer.fold_constants(model)
+        optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model)
     for simplify in (
         common.RemoveUnusedNodesPass(),
