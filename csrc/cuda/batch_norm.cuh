@@ -124,7 +124,7 @@ __global__ void __maxnreg__((kNormaliseRegisters<S, kObserves>))
   if (grid.mode == AffineMode::kPassThrough) {
     normalise_packs<AffineMode::kPassThrough, kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants,
                                                                               of_thread);
-  } else if (kMayDivide<Compute<S>> && grid.mode == AffineMode::kDivide) {
+  } else if (kMayDivide<Compute<S>, true> && grid.mode == AffineMode::kDivide) {
     normalise_packs<AffineMode::kDivide, kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants,
                                                                          of_thread);
   } else {
