@@ -590,6 +590,25 @@ def activation_fake_quantize(setting: Setting, activation: str) -> Case:
     return ways.case(op, through(functional), through(reference), _bytes(setting, 5, 2), competition, tolerance=1e-3)
 
 
+LEVELS = "pack_levels + unpack_levels"
+
+
+def levels(setting: Setting) -> Case:
+    """Values on a grid of 8 bits to their levels and back, as `save_levels` keeps them from forward to backward."""
+    grid = (torch.tensor([-2.5, 2.5]), _QUANT_MIN, _QUANT_MAX, False)
+    values = functional.fake_quantize_in_range(_input(setting), *grid[:3])
+    back = torch.empty_like(values)
+
+    def run() -> Tensor:
+        packed, _ = torch.ops.quantkernels.pack_levels(values, *grid)
+        torch.ops.quantkernels.unpack_levels(packed, *grid, back)
+        return back
+
+    candidates = {**_memory_speed(values), OURS: Candidate(run)}
+    moved = _bytes(setting, 2) + 2 * setting.numel
+    return Case(setting.workload(LEVELS, FORWARD), candidates, lambda: (values,), moved)
+
+
 ONE_THREAD, ALL_THREADS = "1 thread", "all threads"
 THREADS_OP = "fake_quantize, threads"
 
@@ -642,5 +661,9 @@ GRID: dict[str, Builder] = {
     "dorefa_weight": _in_phase(dorefa_weight, FORWARD_BACKWARD),
     "dorefa_activation": _in_phase(dorefa_activation, FORWARD_BACKWARD),
     "dorefa_gradient": dorefa_gradient,
+    LEVELS: levels,
 }
 """Every operator, by the name that a grid of dtypes, sizes, layouts and threads is made under."""
+
+CPU_ONLY = frozenset({LEVELS})
+"""What has no CUDA kernel."""

@@ -158,7 +158,7 @@ class _ActivationFakeQuantize(Function):
 
 
 def activation_fake_quantize(input: Tensor, call: ActivationCall, inplace: bool) -> Tensor:
-    """The activation and what follows it, as one operator on the CPU; elsewhere, and under transforms, as two."""
+    """The activation and what follows it, as one operator; under transforms, and where it is traced, as two."""
     for name in ("active", "pending"):
         constant = getattr(call, name)
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
@@ -168,8 +168,7 @@ def activation_fake_quantize(input: Tensor, call: ActivationCall, inplace: bool)
         return input.copy_(activation_fake_quantize(input.clone(), call, False))
     if inplace:
         check_writable(_FORWARD, input, recorded)
-    on_cpu = input.device.type in ("cpu", "meta")
-    if composing() or not on_cpu or (recorded and torch._C._get_tracing_state() is not None):
+    if composing() or (recorded and torch._C._get_tracing_state() is not None):
         return input.copy_(call.apart(input.clone())) if inplace else call.apart(input)
     if recorded:
         return apply(_ActivationFakeQuantize, input, call, inplace)  # type: ignore[no-any-return]

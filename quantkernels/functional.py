@@ -595,8 +595,10 @@ def activation_fake_quantize(
 
     ``fake_quantize(activation(x))`` with the range `active`, while `pending` is widened by the extrema of
     ``activation(x)``. The gradient is the activation's behind the straight-through mask, and zero where that is zero;
-    all that is kept for it is the input, as torch's activations keep it, and one bit per element. On other devices than
-    the CPU, and under transforms, these are torch's activation and the quantizer's operator, one after the other.
+    all that is kept for it is the input, as torch's activations keep it, and one bit per element. Under transforms, and
+    where torch.jit traces a gradient, these are torch's activation and the quantizer's operator, one after the other.
+    Results in float32 and the half formats do not depend on the device; float64 has the device's own exp and erfc. The
+    CUDA kernels are emulated and compiled; no GPU has run them.
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16. The half formats are rounded once, at the end.

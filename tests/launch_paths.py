@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quantkernels import functional, reference
+from quantkernels._activation import ACTIVATIONS
 from quantkernels._ops import statistics_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
@@ -94,6 +95,10 @@ def normalising(channels: int) -> tuple[Any, ...]:
     return *running, torch.linspace(-1.5, 1.5, channels), torch.linspace(-0.5, 0.5, channels)
 
 
+def activated(name: str) -> Arguments:
+    return lambda channels: (name, *observer(channels))
+
+
 def rng_state(channels: int) -> tuple[Any, ...]:
     return torch.tensor([5, 7]), 4
 
@@ -104,7 +109,7 @@ class Case:
 
     Attributes:
         tolerance: of the results; 0 asks for equal values. Where it is not 0 a few elements may be further off, next to
-            a tie of a hyperbolic tangent.
+            a tie of a hyperbolic tangent or an activation.
         misaligned: the input begins an element past where a vector may begin.
         needs_grad: the gradient is computed, and compared too.
         has_input: the first argument is a tensor of the shape; without, the arguments are all.
@@ -124,6 +129,7 @@ class Case:
 
 
 NORM = "batch_norm_fake_quantize"
+ACTIVATION = "activation_fake_quantize"
 
 SMALL = (
     Case("fake_quantize", FLAT, lambda _: (0.1, 3, 0, 255)),
@@ -156,6 +162,12 @@ SMALL = (
     Case(NORM, NORMED, observer, {"training": False}, 1e-5, statistics=normalising),
     Case(NORM, NORMED, observer, {"training": False}, 1e-5, misaligned=True, statistics=normalising),
     Case(NORM, (((0, 3), 1),), observer, {"training": False}, statistics=normalising),
+    *(
+        Case(ACTIVATION, FLAT, activated(name), tolerance=1e-2, misaligned=misaligned)
+        for name in ACTIVATIONS
+        for misaligned in (False, True)
+    ),
+    Case(ACTIVATION, (((0,), None),), activated("silu")),
 )
 """A launch path a line."""
 
@@ -170,6 +182,7 @@ LARGE = (
     Case("dorefa_gradient", BIG_SAMPLES, rng_state),
     Case(NORM, BIG_CHANNELS, observer, {"bounds": (0.0, 1.0)}, 1e-5, statistics=normalising),
     Case(NORM, BIG_CHANNELS, observer, {"training": False}, 1e-5, statistics=normalising),
+    Case(ACTIVATION, BIG, activated("gelu"), tolerance=1e-2),
 )
 
 

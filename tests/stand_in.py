@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkernels import _autograd, functional
+from quantkernels import _activation, _autograd, functional
 
 Way = Callable[[Any], Callable[..., Any]]
 """Makes of an operator (an OpOverload) what is to be called in its place."""
@@ -47,5 +47,5 @@ def install(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
         operator = getattr(_autograd, name)
         monkeypatch.setattr(_autograd, name, operator._replace(eager=way(operator.traced)))
     monkeypatch.setattr(functional, "_per_tensor", ordinary["fake_quantize_per_tensor"][0])
-    for module in (functional, _autograd):
+    for module in (functional, _autograd, _activation):
         monkeypatch.setattr(module, "_raw", _Raw(way))

@@ -17,10 +17,13 @@ import torch
 from test_batch_norm_seam import Operators
 from test_functional import assert_same_bits
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from quantkernels import QATQuantizer, Quantizer, functional, reference
 from quantkernels._activation import ACTIVATIONS, by_torch
+from quantkernels.nn.activation import ActivationFakeQuantize
+from quantkernels.nn.fake_quantize import FakeQuantize
 
 ACTIVE = (-0.3, 2.5)
 GRIDS = ((0, 255, False), (-8, 7, False), (-127, 127, True), (0, 65535, False))
@@ -345,14 +348,21 @@ def test_the_summary_says_what_runs_how() -> None:
     model = network()
     quantizer = QATQuantizer(model, CONFIG)
     quantizer.compress()
-    assert "activation '1' is computed on a CPU in one operator with its output's quantization" in str(
-        quantizer.summary()
-    )
+    assert "activation '1' is computed in one operator with its output's quantization" in str(quantizer.summary())
     quantizer.decompress()
     quantizer = QATQuantizer(model, CONFIG, fuse=False)
     quantizer.compress()
     assert "in one operator" not in str(quantizer.summary())
     assert not any("_stand_in" in vars(m) for m in quantizer.decompress().modules())
+
+
+def test_a_gpu_is_not_refused() -> None:
+    """As far as can be told without one: on fake tensors."""
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), Operators() as seen:
+        y = ActivationFakeQuantize(FakeQuantize(8))(nn.SiLU(), torch.empty(3, 6))
+    assert y is not None
+    assert y.device.type == "cuda"
+    assert OPERATOR in seen.names
 
 
 def test_disabled_computes_in_float() -> None:

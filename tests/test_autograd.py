@@ -777,6 +777,7 @@ def test_every_operator_with_a_mask_is_known() -> None:
 
     own = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("quantkernels::")]
     returning = {full_name(s) for s in own if [value.name for value in s.returns] == ["output", "mask"]}
+    returning -= {"activation_fake_quantize"}  # its mask takes part in a derivative of its own
     schemas = [quantizer.operator.traced._schema for quantizer in MASKED.values()]
     assert {full_name(schema) for schema in schemas} == returning
     for schema, quantizer in zip(schemas, MASKED.values(), strict=True):

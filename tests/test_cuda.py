@@ -13,6 +13,14 @@ import cases
 import pytest
 import stand_in
 import torch
+from test_activation import test_any_layout as test_activation_any_layout  # noqa: F401
+from test_activation import test_equals_the_reference as test_activation_equals_the_reference  # noqa: F401
+from test_activation import (  # noqa: F401  collected here once more, with the operators on the GPU
+    test_gradient_is_torchs_where_it_passes_and_zero_elsewhere,
+    test_half_formats_are_computed_in_float32_and_rounded_once,
+    test_is_its_activation_and_the_quantizer_to_the_bit,
+)
+from test_activation import test_in_place as test_activation_in_place  # noqa: F401
 from test_batch_norm import (  # noqa: F401  collected here once more, with the operators on the GPU
     Call,
     memory_formats,
@@ -103,7 +111,7 @@ class OperatorsOnGpu:
 def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if device.type != "cuda":
         pytest.skip("run with --device cuda")
-    if request.function.__module__ not in ("test_functional", "test_batch_norm"):
+    if request.function.__module__ not in ("test_functional", "test_batch_norm", "test_activation"):
         yield
         torch.cuda.synchronize()
         return
@@ -149,7 +157,7 @@ def test_batch_norm_is_the_same_on_every_run(shape: tuple[int, ...], dtype: torc
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Observation, fake quantization, batch norm and DoReFa's operators, forward and backward, on the GPU."""
+    """Observation, fake quantization, batch norm, activation and DoReFa, forward and backward, on the GPU."""
 
     known: Tensor
     active: Tensor
@@ -166,6 +174,7 @@ class TrainingStep:
         ranges = self.active, self.pending
         y = functional.batch_norm_fake_quantize(leaf, *self.running, None, None, *ranges, 0, 255)
         y = functional.batch_norm_fake_quantize(y, *self.running, None, None, *ranges, 0, 255, training=False)
+        y = functional.activation_fake_quantize(y, "silu", *ranges, 0, 255)
         y = functional.observe_fake_quantize(y, *ranges, 0, 255, bounds=(0.0, 6.0))
         y = y * functional.fake_quantize_current(weight, -127, 127, symmetric=True, axis=0, active=self.active)
         y = functional.dorefa_gradient(y, self.rng_state, 4) * functional.dorefa_weight(weight, 4)

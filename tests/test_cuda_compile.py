@@ -14,11 +14,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # Names of kernels that make one pass over their elements, read and write.
-ELEMENTWISE = re.compile(r"pack_kernel<|fake_quantize_(tensor|channels)_kernel<|batch_norm_quantize_kernel<")
-# Batch norm's elements of float64, or observed: takes more registers.
-WIDER = re.compile(r"batch_norm_quantize_kernel<(double,|[\w ]+, \w+, \w+, true>)")
+ELEMENTWISE = re.compile(
+    r"pack_kernel<|fake_quantize_(tensor|channels)_kernel<|batch_norm_quantize_kernel<|"
+    r"activation_(quantize|gradient)_kernel<"
+)
+# The registers, and the least occupancy where a multiprocessor holds 2048 threads, of the first that matches.
+LIMITS = (
+    (re.compile(r"activation_\w+_kernel<[^,]+, double,"), 64, 0.5),  # exp and erfc of float64
+    (re.compile(r"activation_quantize_kernel<"), 48, 0.62),
+    (re.compile(r"batch_norm_quantize_kernel<(double,|[\w ]+, \w+, \w+, true>)"), 48, 0.62),  # float64, or observed
+    (ELEMENTWISE, 40, 0.75),
+)
 # The template argument after the storage type: the launcher has found the pointers aligned.
-ALIGNED = re.compile(r"<[\w ]+, true\b")
+ALIGNED = re.compile(r"<(\([\w:]+\)\d, )?[\w ]+, true\b")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,11 @@ def kernels(report: ModuleType) -> list[Any]:
 
 @pytest.mark.slow
 def test_compiles_for_every_architecture_without_a_warning_or_a_spill(report: ModuleType) -> None:
+<<<<<<< HEAD
     assert len(report.compile_objects()) == len(report.SOURCES) == 6
+=======
+    assert len(report.compile_objects()) == len(report.SOURCES) == 7
+>>>>>>> 7803428
 
 
 @pytest.mark.slow
@@ -74,10 +86,10 @@ def test_registers_and_occupancy_of_elementwise_kernels(kernels: list[Any]) -> N
     for kernel in kernels:
         if not ELEMENTWISE.match(kernel.name):
             continue
-        wider = WIDER.match(kernel.name) is not None
-        assert kernel.registers <= (48 if wider else 40), (kernel.name, kernel.architecture)
+        registers, occupancy = next(limits for pattern, *limits in LIMITS if pattern.match(kernel.name))
+        assert kernel.registers <= registers, (kernel.name, kernel.architecture)
         if kernel.architecture in ("sm_80", "sm_90", "sm_100"):
-            assert kernel.occupancy >= (0.62 if wider else 0.75), (kernel.name, kernel.architecture)
+            assert kernel.occupancy >= occupancy, (kernel.name, kernel.architecture)
 
 
 def _lines_of(path: Path, pattern: str) -> set[int]:
@@ -90,8 +102,8 @@ def test_multiply_and_add_are_fused_only_where_the_source_says_so(report: Module
 
     ptxas may fuse only operations without a rounding modifier; --fmad=false gives every one its modifier.
     """
-    scalar, tanh = ROOT / "csrc" / "numerics" / "scalar.h", ROOT / "csrc" / "numerics" / "tanh.h"
-    allowed = {"scalar.h": _lines_of(scalar, r"::fmaf?\("), "tanh.h": _lines_of(tanh, r"::tanh\(")}
+    named = {"scalar.h": r"::fmaf?\(", "tanh.h": r"::tanh\(", "activation.h": r"::(exp|erfc)\("}
+    allowed = {name: _lines_of(ROOT / "csrc" / "numerics" / name, pattern) for name, pattern in named.items()}
     fused = 0
     for ptx in report.compile_ptx():
         files = {number: Path(name).name for number, name in re.findall(r'(?m)^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx)}

@@ -14,6 +14,16 @@ import stand_in
 import torch
 from simt import toolchain
 from simt.operators import EmulatedOperators
+from test_activation import (  # noqa: F401  collected here once more, on the emulated operators
+    ACTIVE,
+    GRIDS,
+    test_gradient_is_torchs_where_it_passes_and_zero_elsewhere,
+    test_half_formats_are_computed_in_float32_and_rounded_once,
+    test_is_its_activation_and_the_quantizer_to_the_bit,
+)
+from test_activation import test_any_layout as test_activation_any_layout  # noqa: F401
+from test_activation import test_equals_the_reference as test_activation_equals_the_reference  # noqa: F401
+from test_activation import test_in_place as test_activation_in_place  # noqa: F401
 from test_batch_norm import (  # noqa: F401  collected here once more, on the emulated operators
     Call,
     memory_formats,
@@ -79,6 +89,7 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
 from torch import Tensor
 
 from quantkernels import functional, reference
+from quantkernels._activation import ACTIVATIONS
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +163,10 @@ def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.Mon
         (lambda x: functional.dorefa_gradient(x, rng_state, 4), ["dorefa_gradient"]),
         (lambda x: norm(x, None, None, None, None, active, pending, 0, 15), normed),
         (lambda x: norm(x, *statistics, None, None, active, None, 0, 15, training=False), normed),
+        (
+            lambda x: functional.activation_fake_quantize(x, "gelu", active, pending, 0, 15),
+            ["activation_fake_quantize", "activation_fake_quantize_backward"],
+        ),
     ]
     recorder = Recorder(kernels)
     install(EmulatedOperators(recorder), monkeypatch)  # type: ignore[arg-type]
@@ -285,6 +300,43 @@ def test_batch_norm_of_no_elements(shape: tuple[int, ...], dtype: torch.dtype) -
     gradients = raw.batch_norm_fake_quantize_backward(output, x, mask, None, *saved, True)
     assert [g.tolist() for g in gradients[1:]] == [[0.0] * shape[1]] * 2
     assert pending.tolist() == [0.0, 0.0]
+
+
+def activation_results(
+    operators: Any, x: Tensor, activation: str, active: tuple[float, float], grid: tuple[int, int, bool]
+) -> list[Tensor]:
+    """Output, mask, what was observed, and the gradient."""
+    index, pending = ACTIVATIONS.index(activation), torch.tensor([math.inf, -math.inf])
+    output, mask = operators.activation_fake_quantize(x, torch.tensor(active), pending, index, *grid)
+    gradient = cases.sample(x.numel(), x.dtype, seed=7).view(x.shape)
+    return [output, mask, pending, operators.activation_fake_quantize_backward(gradient, x, mask, index)]
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_equal_the_cpu_to_the_bit(activation: str, dtype: torch.dtype) -> None:
+    """In float64 too, whose exp and erfc are the host's here; zeros of either sign are told apart."""
+    for size, offset in itertools.product((0, 1, 9, 5003), (0, 1)):
+        x = cases.sample(size + offset, dtype)[offset:]
+        for active, grid in itertools.product((ACTIVE, (0.0, 0.0)), GRIDS):
+            results = [
+                activation_results(operators, x, activation, active, grid)
+                for operators in (torch.ops.quantkernels, functional._raw)
+            ]
+            for expected, actual in zip(*results, strict=True):
+                assert_same_bits(actual, expected)
+                assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
+
+
+def test_activations_depend_on_neither_grid_nor_order(kernels: ModuleType) -> None:
+    x = cases.sample(70_001, torch.float32).nan_to_num(0.5, 2.0, -2.0)
+    results = []
+    for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
+        kernels.configure(order, 1, blocks, 2, blocks)
+        results.append(activation_results(functional._raw, x, "silu", ACTIVE, GRIDS[0]))
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_same_bits(actual, expected)
 
 
 def test_cuda_is_asked_once_per_kernel_and_device(kernels: ModuleType) -> None:

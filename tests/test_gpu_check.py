@@ -19,7 +19,9 @@ from simt.operators import EmulatedOperators
 from test_cuda_emulated import install
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import gpu
 from benchmarks.case import OURS, Candidate, Case, Workload, measure
+from benchmarks.kernels import CPU_ONLY, GRID
 from benchmarks.timing import Effort
 from quantkernels import functional, reference
 
@@ -104,6 +106,11 @@ def test_a_peer_that_computes_something_else_is_left_out_and_told() -> None:
     assert measured.left_out["differs"] == "result 0 is not equal to the reference's"
     with pytest.raises(AssertionError, match=r"add, forward.*: result 0 is not equal to the reference's"):
         measure(Case(Workload("add", "forward"), candidates, lambda: (x,)), Effort(1, 1, 0.0))
+
+
+def test_what_has_cuda_kernels_is_measured_on_a_gpu() -> None:
+    assert {name for name, _ in gpu.settings("cuda")} == set(GRID) - CPU_ONLY
+    assert set(GRID) > CPU_ONLY
 
 
 STEPS = ("capture", "tests", "paths", "memcheck", "racecheck", "initcheck", "synccheck", "benchmarks")

@@ -26,19 +26,20 @@ BELONGS_TO = {
     "dorefa_weight_backward": "dorefa_weight",
     "frozen_batch_norm_fake_quantize": "batch_norm_fake_quantize",
     "batch_norm_fake_quantize_backward": "batch_norm_fake_quantize",
+    "activation_fake_quantize_backward": "activation_fake_quantize",
 }
+# How `save_levels` keeps a tensor. Computes nothing that a reference could state: what went in comes out, to the bit.
+LEVELS = {"pack_levels", "unpack_levels"}
 # The backward of every masked quantizer: what it computes is in the gradients of the references.
-WITHOUT_FUNCTION = {"straight_through"}
-# Computed one after the other on a GPU.
-WITHOUT_CUDA = {
-    "batch_norm_fake_quantize",
-    "frozen_batch_norm_fake_quantize",
-    "batch_norm_fake_quantize_backward",
-}
+WITHOUT_FUNCTION = {"straight_through", *LEVELS}
+# Whether levels give a tensor back, so that the tensor need not be kept, is decided on the host at every call.
+WITHOUT_CUDA = LEVELS
 # The benchmark that it is measured in, where that has another name.
 BENCHMARKS = {
     "batch_norm_fake_quantize": "batch_norm + relu6 + observe_fake_quantize",
     "fake_quantize_in_range": "observe_fake_quantize",
+    "activation_fake_quantize": "hardswish + observe_fake_quantize",
+    "unpack_levels": "pack_levels",
     "begin_step": "observe_fake_quantize",
     "end_step": "observe_fake_quantize",
 }
@@ -57,12 +58,13 @@ def function_of(operator: str) -> str:
 
 
 def registrations(backend: str) -> set[str]:
-    """The operators that csrc/ops registers for a backend."""
+    """The operators that csrc/ops registers for a backend: by a template for each, or for this one alone."""
     found: set[str] = set()
     for source in sorted((ROOT / "csrc" / "ops").glob("*.cpp")):
         text = source.read_text()
-        if f"implement<{backend}>(m)" in text:
-            found |= set(re.findall(r'm\.impl\("([\w.]+)"', text))
+        block = re.search(rf"STABLE_TORCH_LIBRARY_IMPL\(quantkernels, {backend.upper()}, m\) {{([^}}]*)}}", text)
+        registered = "" if block is None else text if f"implement<{backend}>(m)" in block[1] else block[1]
+        found |= set(re.findall(r'm\.impl\("([\w.]+)"', registered))
     return found
 
 
@@ -102,3 +104,5 @@ def test_an_operator_that_lacks_parts_is_found_out(monkeypatch: pytest.MonkeyPat
     assert lacking("min_max") == ["reference", "emulated operator", "launch path"]
     assert lacking("dorefa_gradient") == ["function", "reference", "launch path", "benchmark"]
     assert lacking("straight_through") == []
+    monkeypatch.setattr(sys.modules[__name__], "WITHOUT_CUDA", set())
+    assert lacking("pack_levels") == ["CUDA kernel", "emulated operator"]

@@ -85,6 +85,14 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8)),
         *(torch.ones(7), torch.zeros(7), torch.ones(7), False),
     ),
+    "activation_fake_quantize": lambda: (torch.randn(5, 7), *ranges(), 1, 0, 255, False),
+    "activation_fake_quantize channels_last": lambda: (
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        *(ranges()[0], None, 2, -127, 127, True),
+    ),
+    "activation_fake_quantize_backward": lambda: (
+        *(torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 256, (5,), dtype=torch.uint8), 3),
+    ),
     "fake_quantize_learned_backward": lambda: (torch.randn(5, 7), torch.randn(5, 7), *scale_of(), -8, 7, None),
     "fake_quantize_learned_backward per channel": lambda: (
         *(torch.randn(5, 7).double(), torch.randn(7, 5).double().t(), *scale_of(7)),

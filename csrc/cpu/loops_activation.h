@@ -89,21 +89,6 @@ Extrema<T> activate_and_quantize(const AffineJob& job, const AffineConstants<T>&
   return seen.combined();
 }
 
-// Calls f(activation) with it as a type.
-template <class F>
-void dispatch_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::kHardswish:
-      return f(std::integral_constant<Activation, Activation::kHardswish>{});
-    case Activation::kSilu:
-      return f(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kGelu:
-      return f(std::integral_constant<Activation, Activation::kGelu>{});
-    default:
-      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
-  }
-}
-
 template <Activation activation, class S, class T = typename ComputeType<S>::type>
 Extrema<T> quantize_activation(const AffineJob& job, int64_t begin, int64_t end) {
   const AffineGrid<T> grid = channel_grid<S>(job, 0);

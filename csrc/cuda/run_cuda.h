@@ -30,6 +30,8 @@ cudaError_t run(const DoReFaActivationJob& job, void* workspace, cudaStream_t st
 cudaError_t run(const DoReFaGradientJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const BatchNormJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const BatchNormGradientJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const ActivationJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const ActivationGradientJob& job, void* workspace, cudaStream_t stream);
 
 size_t workspace_bytes(const AffineJob& job);
 size_t workspace_bytes(const LearnedGradientJob& job);
@@ -44,5 +46,7 @@ size_t workspace_bytes(const DoReFaActivationJob& job);
 size_t workspace_bytes(const DoReFaGradientJob& job);
 size_t workspace_bytes(const BatchNormJob& job);
 size_t workspace_bytes(const BatchNormGradientJob& job);
+size_t workspace_bytes(const ActivationJob& job);
+size_t workspace_bytes(const ActivationGradientJob& job);
 
 }  // namespace qk::cuda

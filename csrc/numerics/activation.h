@@ -11,6 +11,8 @@
 // 2^-100. The derivatives are within 2^-21. In float64 exp and erfc are the standard library's.
 #pragma once
 
+#include <type_traits>
+
 #include "../jobs.h"
 #include "exponential.h"
 
@@ -134,6 +136,21 @@ QK_INLINE V activation_derivative(V x) {
     const Cubic<V> v = gelu_cubic(x);
     const Probability<V> p = logistic(v.value);
     return fused_multiply_add(x * (p.of * p.rest), v.derivative, p.of);
+  }
+}
+
+// Calls f(activation) with it as a type, and returns its result.
+template <class F>
+auto dispatch_activation(Activation activation, const F& f) {
+  switch (activation) {
+    case Activation::kHardswish:
+      return f(std::integral_constant<Activation, Activation::kHardswish>{});
+    case Activation::kSilu:
+      return f(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    default:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
   }
 }
 

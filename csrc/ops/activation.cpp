@@ -96,5 +96,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
+#if defined(QUANTKERNELS_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
+#endif
 
 }  // namespace qk::ops

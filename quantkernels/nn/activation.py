@@ -29,11 +29,9 @@ class ActivationFakeQuantize:
     def __call__(self, layer: Any, input: Tensor) -> Tensor | None:
         """The quantized result; None where the two have to compute one after the other.
 
-        That is where the quantizer is switched off, on a GPU, which has no kernel of it, and in an export, which knows
-        the two and not the one.
+        That is where the quantizer is switched off, and in an export, which knows the two and not the one.
         """
-        on_cpu = input.device.type in ("cpu", "meta")
-        if not (self.quantizer.enabled and on_cpu and input.is_floating_point()) or torch.compiler.is_exporting():
+        if not (self.quantizer.enabled and input.is_floating_point()) or torch.compiler.is_exporting():
             return None
 
         def quantize(input: Tensor, active: Tensor, pending: Tensor | None) -> Tensor:

@@ -664,7 +664,7 @@ class Quantizer(abc.ABC):
                 continue
             if set(layer.quantizers) <= {"input", "output"} and isinstance(quantizer, FakeQuantize):
                 layers_.put_stand_in(layer.module, ActivationFakeQuantize(quantizer))
-                what = "on a CPU in one operator with its output's quantization"
+                what = "in one operator with its output's quantization"
             else:
                 what = "by itself: its output's quantizer has no observed range, or more of it is quantized"
             self.activation_notes.append(f"activation {layer.name!r} is computed {what}")

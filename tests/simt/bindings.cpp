@@ -5,8 +5,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <vector>
 
+#include "cuda/activation.cu"
 #include "cuda/affine.cu"
 #include "cuda/batch_norm.cu"
 #include "cuda/dorefa.cu"
@@ -194,6 +196,33 @@ void batch_norm_backward(int dtype, Pointer grad_output, Pointer input, Pointer 
                                as<void>(grad_bias)});
 }
 
+// `pending` may be 0.
+void activation_fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, int64_t numel, int activation,
+                              Pointer active, Pointer pending, int quant_min, int quant_max, bool symmetric) {
+  ActivationJob job{};
+  job.activation = static_cast<Activation>(activation);
+  AffineJob& affine = job.quantization;
+  affine.dtype = static_cast<DType>(dtype);
+  affine.input = as<void>(input);
+  affine.output = as<void>(output);
+  affine.mask = as<uint8_t>(mask);
+  affine.view = {1, 1, numel};
+  affine.range = as<float>(active);
+  affine.pending = as<float>(pending);
+  affine.quant_min = quant_min;
+  affine.quant_max = quant_max;
+  affine.symmetric = symmetric;
+  affine.low = -INFINITY;
+  affine.high = INFINITY;
+  run_job(job);
+}
+
+void activation_fake_quantize_backward(int dtype, int activation, Pointer grad_output, Pointer input, Pointer mask,
+                                       Pointer grad_input, int64_t numel) {
+  run_job(ActivationGradientJob{static_cast<DType>(dtype), static_cast<Activation>(activation), as<void>(grad_output),
+                                as<void>(input), as<uint8_t>(mask), as<void>(grad_input), numel});
+}
+
 }  // namespace
 }  // namespace qk::simt
 
@@ -214,4 +243,6 @@ PYBIND11_MODULE(bindings, module) {
   module.def("dorefa_gradient", &dorefa_gradient);
   module.def("batch_norm", &batch_norm);
   module.def("batch_norm_backward", &batch_norm_backward);
+  module.def("activation_fake_quantize", &activation_fake_quantize);
+  module.def("activation_fake_quantize_backward", &activation_fake_quantize_backward);
 }

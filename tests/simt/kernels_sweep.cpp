@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/activation.cu"
 #include "cuda/affine.cu"
 #include "cuda/batch_norm.cu"
 #include "cuda/dorefa.cu"
@@ -23,6 +24,8 @@ namespace {
 constexpr int64_t kSizes[] = {1, 7, 17, 1000, 4099};
 constexpr ChannelView kViews[] = {{1, 3, 5}, {40, 3, 1}, {2, 5, 16}, {1, 7, 131}, {3, 2, 70}, {2, 300, 3}};
 constexpr int64_t kSlicedSize = 12000;
+constexpr Activation kActivations[] = {Activation::kHardswish, Activation::kSilu, Activation::kGelu,
+                                       Activation::kGeluTanh};
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // A buffer of `count` elements from an allocation of exactly their size, `offset` elements into which it starts.
@@ -155,6 +158,29 @@ void sweep_batch_norm(ChannelView view, int64_t offset, bool frozen) {
 }
 
 template <class S>
+void sweep_activation(int64_t numel, int64_t offset, Activation activation) {
+  const DType dtype = dtype_of<S>();
+  const Buffer<S> input(numel, offset), output(numel, offset), gradient(numel, offset);
+  std::vector<uint8_t> mask(static_cast<size_t>((numel + 7) / 8));
+  const float range[] = {-0.5f, 2.0f};
+  float pending[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()};
+  ActivationJob job{};
+  job.activation = activation;
+  job.quantization.dtype = dtype;
+  job.quantization.input = input.data();
+  job.quantization.output = output.data();
+  job.quantization.mask = mask.data();
+  job.quantization.view = {1, 1, numel};
+  job.quantization.range = range;
+  job.quantization.pending = pending;
+  job.quantization.quant_max = 255;
+  job.quantization.low = -kInfinity;
+  job.quantization.high = kInfinity;
+  run(job);
+  run(ActivationGradientJob{dtype, activation, gradient.data(), input.data(), mask.data(), output.data(), numel});
+}
+
+template <class S>
 void sweep_dorefa(int64_t numel, int64_t offset) {
   const DType dtype = dtype_of<S>();
   const Buffer<S> input(numel, offset), weight(numel), output(numel, offset);
@@ -178,6 +204,7 @@ void sweep_slices() {
   sweep_affine<S>({kSlicedSize / 3, 3, 1}, 0);
   sweep_affine<S>({kSlicedSize / 200, 200, 1}, 0);
   sweep_dorefa<S>(2 * kSlicedSize, 0);
+  sweep_activation<S>(kSlicedSize, 0, Activation::kSilu);
   sweep_batch_norm<S>({1, 2, kSlicedSize}, 0, false);
   sweep_batch_norm<S>({kSlicedSize / 3, 3, 1}, 0, false);
   sweep_batch_norm<S>({kSlicedSize / 200, 200, 1}, 0, true);
@@ -189,6 +216,7 @@ void sweep() {
     for (const int64_t size : kSizes) {
       sweep_affine<S>({1, 1, size}, offset);
       sweep_dorefa<S>(size, offset);
+      for (const Activation activation : kActivations) sweep_activation<S>(size, offset, activation);
     }
     for (const ChannelView& view : kViews) {
       sweep_affine<S>(view, offset);

@@ -378,3 +378,38 @@ class EmulatedOperators:
             grad_bias.data_ptr(),
         )
         return grad_input, grad_weight, grad_bias
+
+    def activation_fake_quantize(
+        self, input: Tensor, active: Tensor, pending: Tensor | None, activation: int, *grid: Any
+    ) -> tuple[Tensor, Tensor]:
+        source = _dense(input)
+        output, mask = _poisoned(source), _mask(source)
+        self.module.activation_fake_quantize(
+            _DTYPES.index(source.dtype),
+            source.data_ptr(),
+            output.data_ptr(),
+            mask.data_ptr(),
+            source.numel(),
+            activation,
+            active.data_ptr(),
+            _pointer(pending),
+            *grid,
+        )
+        return output, mask
+
+    def activation_fake_quantize_backward(
+        self, grad_output: Tensor, input: Tensor, mask: Tensor, activation: int
+    ) -> Tensor:
+        source = _dense(input)
+        gradient = grad_output.contiguous(memory_format=_memory_format(source))
+        grad_input = _poisoned(source)
+        self.module.activation_fake_quantize_backward(
+            _DTYPES.index(source.dtype),
+            activation,
+            gradient.data_ptr(),
+            source.data_ptr(),
+            mask.data_ptr(),
+            grad_input.data_ptr(),
+            source.numel(),
+        )
+        return grad_input

@@ -1,0 +1,106 @@
+// Owns the kernels of smooth activations with the fake quantization behind them, and of their gradients.
+#pragma once
+
+#include "../numerics/activation.h"
+#include "affine.cuh"
+
+namespace qk::cuda {
+
+// What observes takes more, and so do the exponential functions of float64: with 48 a multiprocessor of 65536 holds
+// 1280 threads, with 64 it holds 1024.
+template <class S>
+constexpr int kActivationRegisters = sizeof(S) == 8 ? 64 : 48;
+template <class S>
+constexpr int kActivationGradientRegisters = sizeof(S) == 8 ? 64 : kMaxRegisters;
+
+// Elements computed at a time, for the registers.
+template <class S>
+constexpr int kActivatedPart = sizeof(S) == 8 ? 1 : 2;
+
+// Of what the thread computes, the extrema. Beyond the last element it sees the first of its pack once more, which no
+// extremum shows.
+template <Activation activation, class S, bool kAligned>
+__device__ __forceinline__ Extrema<float> activate_and_quantize(const AffineJob& job, int64_t numel,
+                                                                const AffineGrid<Compute<S>>& grid) {
+  Extrema<float> seen = Extrema<float>::empty();
+  for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
+    const S* const input = static_cast<const S*>(job.input);
+    quantize_pack<kChunkElements<S, kAligned>, kActivatedPart<S>, kAligned>(
+        input, static_cast<S*>(job.output), job.mask, first, numel, input[first], [&](Compute<S> x, bool& passes) {
+          const Compute<S> value = activated<activation>(x);
+          seen.combine(static_cast<float>(value), static_cast<float>(value));
+          passes = gradient_passes(value, grid.constants);
+          return quantize_by_mode<S>(value, grid);
+        });
+  });
+  return seen;
+}
+
+template <Activation activation, class S, bool kAligned>
+__global__ void __maxnreg__(kActivationRegisters<S>) activation_quantize_kernel(AffineJob job, int64_t numel) {
+  QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
+  if (threadIdx.x == 0) block_grid[0] = channel_grid<S>(job, 0);
+  __syncthreads();
+  const Extrema<float> of_thread = activate_and_quantize<activation, S, kAligned>(job, numel, block_grid[0]);
+  if (job.pending == nullptr) return;
+  const Extrema<float> of_block = block_extrema(of_thread);
+  if (threadIdx.x == 0) widen_pending(job, clamped_range(job, of_block.min, of_block.max));
+}
+
+template <Activation activation, class S, bool kAligned>
+struct ActivationGradient {
+  static constexpr int kElements = kPackElements<S>;
+  static constexpr int kPart = kActivatedPart<S>;
+
+  const ActivationGradientJob& job;
+
+  __device__ __forceinline__ void operator()(int64_t first) const {
+    constexpr int N = kChunkElements<S, kAligned>;
+    unsigned bits = load_mask<kElements, kAligned>(job.mask, first, elements_left<kElements>(first, job.numel));
+#pragma unroll 1
+    for (int at = 0; at < kElements; at += N) {
+      Vector<S, N> g = load_vector<N, kAligned>(static_cast<const S*>(job.grad_output), first + at, job.numel);
+      Vector<S, N> x = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
+#pragma unroll 1
+      for (int part = 0; part < N; part += kPart) {
+#pragma unroll
+        for (int i = 0; i < kPart; ++i) {
+          const Compute<S> gradient = widen(g[i]) * activation_derivative<activation>(widen(x[i]));
+          g[i] = narrow<S>((bits & 1u) != 0 ? gradient : Compute<S>(0));
+          bits >>= 1;
+        }
+        rotate<kPart>(g);
+        rotate<kPart>(x);
+      }
+      store_vector<N, kAligned>(static_cast<S*>(job.grad_input), first + at, job.numel, g);
+    }
+  }
+};
+
+template <Activation activation, class S, bool kAligned>
+__global__ void __maxnreg__(kActivationGradientRegisters<S>) activation_gradient_kernel(ActivationGradientJob job) {
+  for_each_pack<kPackElements<S>>(job.numel, ActivationGradient<activation, S, kAligned>{job});
+}
+
+// For jobs of at least one element.
+template <Activation activation, class S>
+cudaError_t launch_activation(const AffineJob& job, Stream stream) {
+  const int64_t numel = job.view.numel();
+  const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
+  return dispatch_bool(aligned, [&](auto aligned_type) {
+    const auto kernel = activation_quantize_kernel<activation, S, decltype(aligned_type)::value>;
+    return launch_over_packs<kPackElements<S>>(numel, stream, kernel, job, numel);
+  });
+}
+
+template <Activation activation, class S>
+cudaError_t launch_activation_gradient(const ActivationGradientJob& job, Stream stream) {
+  const bool aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.input) &&
+                       is_pack_aligned<S>(job.grad_input) && is_mask_aligned(job.mask);
+  return dispatch_bool(aligned, [&](auto aligned_type) {
+    const auto kernel = activation_gradient_kernel<activation, S, decltype(aligned_type)::value>;
+    return launch_over_packs<kPackElements<S>>(job.numel, stream, kernel, job);
+  });
+}
+
+}  // namespace qk::cuda
