@@ -52,11 +52,7 @@ def kernels(report: ModuleType) -> list[Any]:
 
 @pytest.mark.slow
 def test_compiles_for_every_architecture_without_a_warning_or_a_spill(report: ModuleType) -> None:
-<<<<<<< HEAD
-    assert len(report.compile_objects()) == len(report.SOURCES) == 6
-=======
     assert len(report.compile_objects()) == len(report.SOURCES) == 7
->>>>>>> 7803428
 
 
 @pytest.mark.slow
