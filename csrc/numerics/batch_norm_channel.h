@@ -77,7 +77,7 @@ QK_INLINE Extrema<T> normalised_extrema(const NormaliseConstants<T>& c, T min, T
 // Writes the gradients of a channel's weight and bias.
 template <class T>
 QK_INLINE InputGradientConstants<T> set_gradients(const BatchNormGradientJob& job, int64_t channel,
-                                             const BatchNormGradientSums& sums) {
+                                                  const BatchNormGradientSums& sums) {
   const T inverse_std = static_cast<const T*>(job.inverse_std)[channel];
   static_cast<T*>(job.grad_weight)[channel] =
       static_cast<T>(sums.gradient_times_offset * static_cast<double>(inverse_std));
