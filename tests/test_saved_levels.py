@@ -219,6 +219,13 @@ def test_copies_and_pickles_keep_saving() -> None:
         assert_same_training(copy.deepcopy(first), model, 2)
 
 
+def test_a_model_that_is_not_on_the_cpu_refuses() -> None:
+    _, model = pair(net())
+    model.to("meta")
+    with pytest.raises(RuntimeError, match="expected `save_levels` to be False for a model that is not on the CPU"):
+        model(torch.empty(4, 3, 8, 8, device="meta"))
+
+
 def test_a_compiled_model_refuses() -> None:
     _, model = pair(net())
     with pytest.raises(Exception, match="expected `save_levels` to be False in a compiled model"):

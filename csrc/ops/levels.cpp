@@ -1,5 +1,5 @@
 // Owns the operators that keep values on a grid as the levels of it: pack_levels, unpack_levels. They read the range on
-// the host, so there is none on a GPU.
+// the host, and their caller reads there whether the levels are exact, so there is none on a GPU.
 #include <tuple>
 
 #include "../numerics/affine.h"

@@ -95,7 +95,8 @@ class SavedLevels:
     """Keeps outputs that were fake-quantized in one forward as levels where autograd saves them.
 
     Exact: a tensor is kept as levels only if these give it back to the bit. So an output whose quantization is delayed,
-    or that was changed since, stays in floating point. On the CPU; elsewhere nothing is kept otherwise.
+    or that was changed since, stays in floating point. On the CPU alone: a tensor can be given up only once it is known
+    that none of its elements is a NaN and that its range has a grid. On a GPU the host would have to wait for either.
     """
 
     def __init__(self) -> None:

@@ -782,7 +782,7 @@ class Quantizer(abc.ABC):
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{name} in a compiled model, whose compiler decides what is saved")
         if any(tensor.device.type != "cpu" for tensor in self.model.parameters()):
-            raise RuntimeError(f"{name} for a model that is not on the CPU")
+            raise RuntimeError(f"{name} for a model that is not on the CPU; elsewhere the host would wait for it")
         if self.observers.saved_levels is not None or not saved_levels_.applies(torch.is_grad_enabled()):
             return forward(model, *args, **kwargs)
         saved = self.observers.saved_levels = saved_levels_.SavedLevels()
