@@ -18,8 +18,10 @@ demo: $(VENV)/.installed-demo quantkernels/_C.so
 dorefa: $(VENV)/.installed-examples quantkernels/_C.so
 	$(BIN)/python examples/dorefa_digits.py
 
+# Two processes: the emulator's tests in one, the rest in the other, take about as long.
+TEST_PROCESSES ?= 2
 test: $(VENV)/.installed-dev quantkernels/_C.so
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 # One Keras backend a process.
 test-keras: $(VENV)/.installed-dev $(VENV)/.installed-keras quantkernels/_C.so
