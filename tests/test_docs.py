@@ -168,6 +168,12 @@ def test_links_lead_to_files(page: Path) -> None:
             assert generated or (page.parent / file).exists(), f"{name(page)}: {target}"
 
 
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 1
+
+
 def test_pictures_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.syspath_prepend(ROOT / "docs")
