@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo dorefa test test-keras bench gpu-check cuda-report lint format build clean
+.PHONY: demo dorefa test test-keras bench gpu-check cuda-report docs lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,11 @@ test: $(VENV)/.installed-dev quantkernels/_C.so
 test-keras: $(VENV)/.installed-dev $(VENV)/.installed-keras quantkernels/_C.so
 	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -q tests/test_tensorflow.py tests/test_keras.py
 	KERAS_BACKEND=torch TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -q tests/test_keras.py
+	$(BIN)/python -m pytest -q tests/test_docs.py -k keras
+
+# The documentation site, in build/site; warnings are errors. mkdocs calls a warning nothing where it is told to be quiet.
+docs: $(VENV)/.installed-docs quantkernels/_C.so
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The quick mode takes about two minutes; `make bench BENCH_ARGS=` measures the full grid, which takes about an hour.
 BENCH_ARGS ?= --quick

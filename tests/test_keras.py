@@ -800,19 +800,3 @@ def test_the_demo_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     for row in ("float", "Naive, 8-bit weights", "QAT, 8-bit weights and outputs", "DoReFa W4A4"):
         assert re.search(rf"^{row} +\d+\.\d\d% ", printed, re.M)
     assert "eployed" not in printed
-
-
-@on_tensorflow
-def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    section = re.search(r"^## Keras and TensorFlow\n(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
-    assert section is not None
-    blocks = re.findall(r"^```python\n(.*?)^```", section[1], re.S | re.M)
-    assert len(blocks) == 3
-    x, y = data()
-    namespace = {"model": digits_network()[0], "another": digits_network()[0], "x": x, "y": y}
-    for name in ("model", "another"):
-        namespace[name].compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert (tmp_path / "saved_model" / "saved_model.pb").exists()
