@@ -195,6 +195,19 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.stat().st_mode == other.stat().st_mode
 
 
+def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, lambda unfinished: unfinished.write_text("all"))
+        assert os.read(reader, 10) == b"all"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_killed_export_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Calls `write` with the name of a new file in the folder of `path`; when it is done, renames that file to `path`.
 
+    What is there and is no file, such as a device, is written to and not replaced: renamed over, /dev/null would be a
+    file for all programs of the machine.
+
     Whatever goes wrong before the renaming, a killed process included, leaves what was at `path` as it was. (A killed
     process leaves its unfinished file too, under a hidden name that starts with a dot.)
 
@@ -18,6 +22,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         OSError: the folder does not exist or cannot be written to.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / path.name
+            write(whole)
+            with whole.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     unfinished = Path(name)
