@@ -26,6 +26,7 @@ _tracing = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _increment_version = torch._C._increment_version
 _is_grad_enabled = torch.is_grad_enabled
+_is_jit_tracing = torch._C._is_tracing
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
@@ -94,6 +95,7 @@ MASKED = {
 _ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
 
 _STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_straight_through = _STRAIGHT_THROUGH.eager
 _GIVEN = MASKED["fake_quantize"].operator
 _LEARNED_BACKWARD = _Operator.of(_raw.fake_quantize_learned_backward.default)
 _DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
@@ -131,7 +133,7 @@ def composing() -> bool:
 
 
 def _in_jit_trace() -> bool:
-    return not _tracing() and torch._C._is_tracing()
+    return not _tracing() and _is_jit_tracing()
 
 
 @contextmanager
@@ -225,7 +227,7 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
         if input.is_neg() or torch.compiler.is_compiling():  # bits that are not its values; torch.export without dynamo
             return input.copy_(masked(name, input, False, arguments))
     if recorded:
-        if _in_jit_trace():
+        if _is_jit_tracing():
             return _masked_transformed(name, input, inplace, arguments)
         return _record_masked(_unwrap_if_dead(input), name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
@@ -259,23 +261,26 @@ class _Masked(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
         operator, in_place, _, mutated = _ORDINARY[name]
-        if _tracing():
+        traced = _tracing()
+        if traced:
             operator, in_place = MASKED[name].operator.traced, MASKED[name].in_place.traced
         if inplace:
             output, mask = input, in_place(input, *arguments)
             ctx.mark_dirty(input)
         else:
             output, mask = operator(input, *arguments)
-        if mutated is not None:
-            bump_versions(arguments[mutated])
+        if mutated is not None and not traced:
+            _increment_version(arguments[mutated])
         ctx.save_for_backward(mask)
-        ctx.memory_format = memory_format_index(output)
+        ctx.memory_format = 0 if output.is_contiguous() else memory_format_index(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        return straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
+        (mask,), (grad_output,) = ctx.saved_tensors, grad_outputs
+        if grad_output.requires_grad or _tracing() or _functorch_active() or forward_ad._current_level >= 0:
+            return straight_through(grad_output, mask, ctx.memory_format), None, None, None
+        return _straight_through(grad_output, mask, ctx.memory_format), None, None, None
 
 
 _record_masked = _recorder(_Masked)

@@ -102,7 +102,7 @@ def qparams(
     return scale, zero_point.to(torch.int32)
 
 
-def _operator_bounds(bounds: Bounds | None) -> tuple[float | None, float | None]:
+def operator_bounds(bounds: Bounds | None) -> tuple[float | None, float | None]:
     """As operators take them: a bound that is infinite is None."""
     if bounds is None:
         return None, None
@@ -180,12 +180,12 @@ def fake_quantize(
     elif axis is None and not isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         _check_number("scale", scale)
         _check_number("zero_point", zero_point)
-        low, high = _operator_bounds(bounds)
+        low, high = operator_bounds(bounds)
         return masked("fake_quantize_number", input, inplace, (scale, zero_point, quant_min, quant_max, low, high))
     else:
         scale = _as_tensor("scale", scale, torch.float32, input)
         zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
-    low, high = _operator_bounds(bounds)
+    low, high = operator_bounds(bounds)
     return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
 
@@ -203,7 +203,7 @@ def _fake_quantize_groups(
         check_writable(op, input, needs_grad(input))
     scale = groups.per_group(op, "scale", _as_tensor("scale", scale, torch.float32, input), input)
     zero_point = groups.per_group(op, "zero_point", _as_tensor("zero_point", zero_point, torch.int32, input), input)
-    arguments = (scale, zero_point, *grid, 0, *_operator_bounds(bounds))
+    arguments = (scale, zero_point, *grid, 0, *operator_bounds(bounds))
     output = groups.restore(masked(op, groups.rows(input), False, arguments), input)
     return input.copy_(output) if inplace else output
 
@@ -241,7 +241,7 @@ def fake_quantize_in_range(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    arguments = (observed_range, quant_min, quant_max, symmetric, axis, *_operator_bounds(bounds))
+    arguments = (observed_range, quant_min, quant_max, symmetric, axis, *operator_bounds(bounds))
     return masked("fake_quantize_in_range", input, inplace, arguments)
 
 
@@ -280,7 +280,7 @@ def observe_fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
-    arguments = (active, pending, quant_min, quant_max, symmetric, axis, *_operator_bounds(bounds))
+    arguments = (active, pending, quant_min, quant_max, symmetric, axis, *operator_bounds(bounds))
     return masked("observe_fake_quantize", input, inplace, arguments)
 
 
@@ -572,6 +572,6 @@ def batch_norm_fake_quantize(
         for argument, tensor in (("running_mean", running_mean), ("running_var", running_var)):
             if tensor is None:
                 fail("batch_norm_fake_quantize", argument, "a tensor when not training", None)
-    grid = (quant_min, quant_max, symmetric, *_operator_bounds(bounds))
+    grid = (quant_min, quant_max, symmetric, *operator_bounds(bounds))
     call = _autograd.BatchNormCall(running_mean, running_var, active, pending, not training, momentum, eps, grid)
     return _autograd.batch_norm_fake_quantize(input, weight, bias, call)
