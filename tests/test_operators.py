@@ -28,7 +28,7 @@ BELONGS_TO = {
     "batch_norm_fake_quantize_backward": "batch_norm_fake_quantize",
 }
 # The backward of every masked quantizer: what it computes is in the gradients of the references.
-WITHOUT_FUNCTION = {"straight_through"}
+WITHOUT_FUNCTION = {"straight_through", "straight_through_each"}
 # Computed one after the other on a GPU.
 WITHOUT_CUDA = {
     "batch_norm_fake_quantize",
@@ -39,6 +39,7 @@ WITHOUT_CUDA = {
 BENCHMARKS = {
     "batch_norm_fake_quantize": "batch_norm + relu6 + observe_fake_quantize",
     "fake_quantize_in_range": "observe_fake_quantize",
+    "straight_through_each": "fake_quantize_current_each",
     "begin_step": "observe_fake_quantize",
     "end_step": "observe_fake_quantize",
 }
