@@ -45,6 +45,7 @@ from quantkernels.quantizers.config import (
     parse_config_list,
 )
 from quantkernels.quantizers.summary import Summary, summarize
+from quantkernels.quantizers.together import WeightsTogether
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -153,6 +154,7 @@ class Quantizer(abc.ABC):
         self.batch_norm_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
         self.observers = Observers(())
+        self._weights = WeightsTogether()
         self.optimizer = None if optimizer is None else _innermost(name, optimizer)
         self._optimizer_hook: RemovableHandle | None = None
         self._begins_with_forward = False
@@ -261,6 +263,7 @@ class Quantizer(abc.ABC):
         self.layers = []
         self.batch_norm_notes = []
         self.observers = Observers(())
+        self._weights = WeightsTogether()
         chains, self._folded = self._folded, []
         for chain in chains if fold else ():
             fold_into(chain.producer, chain.norm)
@@ -666,6 +669,12 @@ class Quantizer(abc.ABC):
                         members[module] = layer.entry.quant_start_step
         self.observers = Observers(members, self.model, learned)
         self.observers.start_steps = dict(members)
+        weights = ((layer.module, layer.quantizers.get("weight")) for layer in self.layers)
+        self._weights = WeightsTogether(
+            (module, quantizer)
+            for module, quantizer in weights
+            if type(quantizer) is FakeQuantize and quantizer.group_size is None and layers_.takes_a_weight(module)
+        )
         for member in (*members, *learned):
             member.observers = self.observers
 
@@ -697,18 +706,28 @@ class Quantizer(abc.ABC):
             if self._begins_with_forward:
                 observers.begin()
                 self._begins_with_forward = False
-            result = forward(model, *args, **kwargs)
+            result = self._with_weights(model, forward, args, kwargs)
         else:
             observers.begin()
             observers.in_step = True
             try:
-                result = forward(model, *args, **kwargs)
+                result = self._with_weights(model, forward, args, kwargs)
             finally:
                 observers.in_step = False
             observers.end()
         if not torch.compiler.is_compiling():
             self._report_what_never_ran()
         return result
+
+    def _with_weights(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The forward of the model, for which weights are quantized together."""
+        if torch.compiler.is_compiling():
+            return forward(model, *args, **kwargs)
+        try:
+            self._weights.begin()
+            return forward(model, *args, **kwargs)
+        finally:
+            self._weights.end()
 
     def _report_what_never_ran(self) -> None:
         if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:
