@@ -355,13 +355,28 @@ def test_a_layer_by_itself_quantizes_its_weight() -> None:
     assert not torch.equal(model.last(x), before)
 
 
-def test_an_error_in_the_forward_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_error_in_the_forward_leaves_nothing_behind_and_no_layer_out(before: int, calls: list[int]) -> None:
     model: Any = compressed(Network())
-    train(model, 2)
+    train(model, before)
     with pytest.raises(RuntimeError, match="shapes"):
         model(images()[..., 1:])
     assert not any(READY in vars(module) for module in model.modules())
     train(model, 2)
+    assert calls == [2, 2, 1] * (before + 3)
+
+
+def test_a_layer_that_is_thawed_later_is_tried_then(calls: list[int]) -> None:
+    torch.manual_seed(0)
+
+    def thaw(model: Any) -> list[Any]:
+        model.third.weight.requires_grad_(False)
+        seen = train(model, 2)
+        model.third.weight.requires_grad_(True)
+        return seen + train(model)
+
+    assert_trains_as_alone(compressed(Rewriting(shrink_data)), thaw)
+    assert calls == [2, 1, 1, 1, 1, 1, 1, 2, 1, *[1, 1, 1] * 3]
 
 
 def test_copies_and_pickles_train_on() -> None:

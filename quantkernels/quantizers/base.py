@@ -723,11 +723,14 @@ class Quantizer(abc.ABC):
         """The forward of the model, for which weights are quantized together."""
         if torch.compiler.is_compiling():
             return forward(model, *args, **kwargs)
+        completed = False
         try:
             self._weights.begin()
-            return forward(model, *args, **kwargs)
+            result = forward(model, *args, **kwargs)
+            completed = True
         finally:
-            self._weights.end()
+            self._weights.end(completed)
+        return result
 
     def _report_what_never_ran(self) -> None:
         if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:

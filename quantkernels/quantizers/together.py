@@ -14,7 +14,8 @@ trial alone.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,10 +67,14 @@ class ReadyWeight:
         return self.output
 
 
-class _Member(NamedTuple):
+@dataclass(eq=False)
+class _Member:
+    """A layer; `tried` once a trial has shown it to take the weight that it computes."""
+
     module: nn.Module
     quantizer: FakeQuantize
     grid: tuple[Any, ...]
+    tried: bool = False
 
 
 class WeightsTogether:
@@ -81,36 +86,36 @@ class WeightsTogether:
 
     def __init__(self, layers: Iterable[tuple[nn.Module, FakeQuantize]] = ()) -> None:
         self._members = [_Member(m, q, (q.quant_min, q.quant_max, q.symmetric, q.axis)) for m, q in layers]
-        self._on_trial = True
         self._ready: list[_Member] = []
 
     def begin(self) -> None:
         """Quantizes the weights of all layers that are sure to run."""
         if len(self._members) < 2 or self._ready or not _is_plain():
             return
-        if self._on_trial and _is_capturing():  # a comparison waits for the GPU
-            return
+        capturing = _is_capturing()
         calls: dict[Any, tuple[list[_Member], list[Tensor]]] = {}
         for member in self._members:
             weight = _weight(member)
-            if weight is not None:
+            if weight is not None and (member.tried or not capturing):  # a trial waits for the GPU
                 members, weights = calls.setdefault((member.grid, weight.device), ([], []))
                 members.append(member)
                 weights.append(weight)
         for (grid, _), (members, weights) in calls.items():
             for member, weight, output in zip(members, weights, current_each(weights, grid), strict=True):
-                vars(member.module)[READY] = ReadyWeight(weight, output, self._on_trial)
+                vars(member.module)[READY] = ReadyWeight(weight, output, not member.tried)
             self._ready += members
 
-    def end(self) -> None:
-        """Leaves those to themselves that have not taken their weight."""
-        if not self._ready:
-            return
-        idle = {member.module for member in self._ready if not vars(member.module).pop(READY).taken}
+    def end(self, completed: bool) -> None:
+        """Leaves those to themselves that have not taken their weight, unless the forward was not completed."""
+        idle = []
+        for member in self._ready:
+            taken = vars(member.module).pop(READY).taken
+            member.tried |= taken
+            if completed and not taken:
+                idle.append(member)
         if idle:
-            self._members = [member for member in self._members if member.module not in idle]
+            self._members = [member for member in self._members if member not in idle]
         self._ready = []
-        self._on_trial = False
 
 
 def _is_plain() -> bool:
