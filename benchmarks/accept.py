@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -203,6 +204,34 @@ BOUNDS: tuple[Bound, ...] = (
         at_most=3.5,
         exponents=(18, 22),
     ),
+    *(
+        Bound(
+            "i15",
+            f"50 weights in one call, {phase}",
+            kernels.EACH_OP,
+            phase,
+            kernels.ONE_BY_ONE,
+            at_most=0.5,
+            threads=1,
+        )
+        for phase in (_FORWARD, _BOTH)
+    ),
+    *(
+        Bound("i15", f"{op} / {versus}", kernels.GROUPS_OP, _FORWARD, versus, at_most=bound, candidates=names)
+        for op, versus, bound, names in (
+            ("groups of 32 and 128", "per channel", 1.2, ("group 32", "group 128")),
+            ("current, per token", "current, per tensor", 1.3, ("current, per token",)),
+        )
+    ),
+    Bound(
+        "i15",
+        "LSQ fwd+bwd / fake_quantize",
+        "fake_quantize_learned",
+        _BOTH,
+        "fake_quantize",
+        at_most=1.3,
+        exponents=(20, 20),
+    ),
     Bound(
         "t",
         "all threads / one thread",
@@ -217,6 +246,24 @@ BOUNDS: tuple[Bound, ...] = (
 
 # Of the bytes that a float training step saves for its backward, without and with `save_levels`.
 _SAVED_AT_MOST = {training_step.MOBILENET: (0.70, 0.45), training_step.VGG: (1.0, 0.66)}
+
+
+_ADDED_AT_MOST = 56.0  # us a layer
+
+
+def _judge_added(measurements: Sequence[Measurement]) -> Verdict:
+    """What quantization adds to a layer of a step that computes next to nothing."""
+    text, bound = "added to a layer of Linear 64 + ReLU, us", f"<= {_ADDED_AT_MOST:g}"
+    for m in measurements:
+        if m.workload.op != training_step.SMALL_LAYERS:
+            continue
+        pairs = list(zip(m.seconds[OURS], m.seconds[training_step.FLOAT], strict=True))
+        per_layer = 1e6 / training_step.LAYERS_OF_SMALL
+        added = statistics.median(ours - floats for ours, floats in pairs) * per_layer
+        step = statistics.median(floats for _, floats in pairs) * per_layer
+        where = f"1 threads, beside float's {step:.0f} us a layer"
+        return Verdict("i15", text, bound, f"{added:.1f}", where=where, passed=added <= _ADDED_AT_MOST)
+    return Verdict("i15", text, bound)
 
 
 def _judge_bytes_saved(measurements: Sequence[Measurement]) -> list[Verdict]:
@@ -248,8 +295,8 @@ def _judge_digests(digests: tuple[int, list[str]] | None, runs: str) -> Verdict:
 def judge(measurements: Sequence[Measurement], digests: tuple[int, list[str]] | None, runs: str) -> list[Verdict]:
     """All lines in order; `runs` says on what the digests were taken."""
     verdicts = [bound.judge(measurements) for bound in BOUNDS]
-    verdicts += [*_judge_bytes_saved(measurements), _judge_digests(digests, runs)]
-    order = [*map(str, range(1, 8)), "7c", "7s", "8", "9", "10", "i5", "t"]
+    verdicts += [*_judge_bytes_saved(measurements), _judge_added(measurements), _judge_digests(digests, runs)]
+    order = [*map(str, range(1, 8)), "7c", "7s", "8", "9", "10", "i5", "i15", "t"]
     return sorted(verdicts, key=lambda verdict: order.index(verdict.line))
 
 
@@ -257,7 +304,7 @@ def report_text(verdicts: Sequence[Verdict], tier: str) -> str:
     """A table with a line a bound, under the tier it was measured on."""
     outcomes = {True: "PASS", False: "FAIL", None: "not measured"}
     lines = [
-        "Acceptance lines (issue 3: 1 to 10; 7 and 8 as issue 16 has them; i5: issue 5; t: threads, issue 3 item 5), "
+        "Acceptance lines (issue 3; 7 and 8: issue 16; i5, i15: issues 5, 15; t: threads, issue 3 item 5), "
         f"on tier {tier}; the lines are stated for AVX-512."
         + ("" if tier == "avx512" else " THIS RUN HAD NONE: the verdicts are its own tier's.")
     ]

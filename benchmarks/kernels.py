@@ -454,6 +454,47 @@ def fake_quantize_current(setting: Setting, axis: int | None = None) -> Case:
     return ways.case(op, through(functional), through(reference), _bytes(setting, 5, 2), competition)
 
 
+ONE_BY_ONE = "one by one"
+EACH_OP = "fake_quantize_current_each"
+_WEIGHTS = 50
+
+
+def fake_quantize_current_each(setting: Setting, phase: str = FORWARD_BACKWARD) -> Case:
+    """The weights of a network of 50 layers of `numel` weights together, in one call against a call for each."""
+    side = 2 ** (setting.numel.bit_length() // 2)
+    shape = (setting.numel // side, side) if setting.numel >= side else (setting.numel,)
+    weights = [_input(setting, shape).mul_(1 + i / _WEIGHTS) for i in range(_WEIGHTS)]
+    recorded = phase == FORWARD_BACKWARD
+    leaves = [weight.requires_grad_(recorded) for weight in weights]
+    gradients = [torch.full_like(weight, 0.5) for weight in leaves]
+    grid = (-127, 127)
+
+    def run(quantize: Callable[[list[Tensor]], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        def both() -> tuple[Tensor, ...]:
+            outputs = quantize(leaves)
+            if not recorded:
+                return outputs
+            for leaf in leaves:
+                leaf.grad = None
+            torch.autograd.backward(outputs, gradients)
+            return *outputs, *(leaf.grad for leaf in leaves if leaf.grad is not None)
+
+        return both
+
+    def one_by_one(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(functional.fake_quantize_current(x, *grid, symmetric=True) for x in inputs)
+
+    candidates = {
+        ONE_BY_ONE: Candidate(run(one_by_one)),
+        OURS: Candidate(run(lambda inputs: functional.fake_quantize_current_each(inputs, *grid, symmetric=True))),
+    }
+    expected = run(lambda inputs: reference.fake_quantize_current_each(inputs, *grid, symmetric=True))
+    passes, masks = (3, 1) if phase == FORWARD else (5, 2)
+    return Case(
+        setting.workload(EACH_OP, phase), candidates, expected, _WEIGHTS * _bytes(setting, passes, masks), ONE_BY_ONE
+    )
+
+
 def _eager_tolerance(setting: Setting) -> float | None:
     """Eager compositions compute half formats in themselves, too coarsely for the quantizer's levels."""
     return 1e-4 if setting.dtype in ("float32", "float64") else None
@@ -652,6 +693,7 @@ GRID: dict[str, Builder] = {
     "fake_quantize_current": fake_quantize_current,
     "fake_quantize_current per channel": functools.partial(fake_quantize_current, axis=0),
     BATCH_NORM: batch_norm_fake_quantize,
+    "fake_quantize_current_each": fake_quantize_current_each,
     "fake_quantize_learned": fake_quantize_learned,
     "fake_quantize_learned per channel": functools.partial(fake_quantize_learned, axis=0),
     **{

@@ -113,6 +113,10 @@ def _only_accept_lines() -> Iterator[Build]:
     for setting in _settings(20):
         yield functools.partial(kernels.fake_quantize_each_axis, setting)
         yield functools.partial(kernels.fake_quantize_groups, setting)
+    for phase in (kernels.FORWARD, kernels.FORWARD_BACKWARD):
+        for threads in thread_counts():
+            setting = Setting("float32", 2**12, threads=threads)
+            yield functools.partial(kernels.fake_quantize_current_each, setting, phase)
     most = thread_counts()[-1]
     if most > 1:
         for exponent in (10, 12, 14, 15, 16, 18, 20, 22):
@@ -129,6 +133,7 @@ def kernel_cases(mode: Mode) -> Iterator[Build]:
 
 
 def training_cases(mode: Mode) -> Iterator[Build]:
+    yield training_step.small_layers
     counts = (_TRAINING_THREADS,) if mode is QUICK else (1, _TRAINING_THREADS)
     for threads, network, layout in itertools.product(counts, training_step.NETWORKS, _LAYOUTS):
         compiles = threads == _TRAINING_THREADS and (mode is not QUICK or network in _QUICKLY_COMPILED)

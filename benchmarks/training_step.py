@@ -213,6 +213,21 @@ def _refused(error: ValueError) -> Candidate:
     return Candidate(run, optional=True)
 
 
+SMALL_LAYERS = "400 x (Linear 64 + ReLU)"
+LAYERS_OF_SMALL, _WIDTH, _BATCH = 400, 64, 16
+
+
+def small_layers() -> Case:
+    """A step of many layers that compute next to nothing: what quantization costs besides arithmetic."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(LAYERS_OF_SMALL) for part in (nn.Linear(_WIDTH, _WIDTH), nn.ReLU())))
+    rows, classes = torch.randn(_BATCH, _WIDTH), torch.randint(0, _CLASSES, (_BATCH,))
+    models = {FLOAT: model, OURS: _with_quantkernels(copy.deepcopy(model), rows)}
+    candidates = {name: Candidate(_step(model, rows, classes), None) for name, model in models.items()}
+    work = Workload(SMALL_LAYERS, STEP, numel=_BATCH, threads=1)
+    return Case(work, candidates, tuple, baseline=FLOAT)
+
+
 def training_step(network: str, layout: str, threads: int, compiles: bool) -> Case:
     """Forward, loss, backward and SGD step on 32 images, 8-bit weights and activations.
 

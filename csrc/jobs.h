@@ -49,6 +49,12 @@ struct RangeJob {
   float* range;         // [2, channels]
 };
 
+// A tensor quantized with its own range, which is the one that the quantization takes.
+struct CurrentJob {
+  RangeJob range;
+  AffineJob quantization;
+};
+
 // One quantizer's ranges, each [2, channels], at the start of a step: active = range, or (0, 0) before its start step;
 // pending is emptied.
 struct BeginStep {
@@ -99,6 +105,16 @@ struct StraightThroughJob {
   const uint8_t* mask;
   void* grad_input;
   int64_t numel;
+};
+
+// Several jobs at once, each of at least one element. The list is in host memory.
+struct CurrentJobs {
+  const CurrentJob* jobs;
+  int64_t count;
+};
+struct StraightThroughJobs {
+  const StraightThroughJob* jobs;
+  int64_t count;
 };
 
 // Extrema per channel; min and max are of the input's dtype, [channels]. NaN propagates.

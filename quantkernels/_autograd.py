@@ -8,7 +8,7 @@ Functions with ``setup_context`` serve there, whose calls cost three times as mu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,28 +19,38 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.jit import _trace as _jit
 
-from quantkernels._ops import fail, memory_format_index
+from quantkernels._ops import fail, mask_offsets, memory_format_index
 
 _raw: Any = torch.ops.quantkernels
 _tracing = torch.compiler.is_dynamo_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _increment_version = torch._C._increment_version
 _is_grad_enabled = torch.is_grad_enabled
+_is_jit_tracing = torch._C._is_tracing
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 class _Operator(NamedTuple):
     """A raw operator as a call finds it fastest and as torch.compile knows it.
 
-    The one is without OpOverload.__call__, a Python frame of 0.25 us that forwards its arguments.
+    Attributes:
+        eager: without OpOverload.__call__, a Python frame of 0.25 us that forwards its arguments.
+        recorded: the same for tensors alone, such as those in an autograd Function: without a search for what has a
+            __torch_function__, and so 1 us less for an operator of nine arguments.
+        traced: the operator itself.
     """
 
     eager: Any
+    recorded: Any
     traced: Any
 
     @classmethod
     def of(cls, operator: Any) -> _Operator:
-        return cls(getattr(operator, "_op", operator), operator)
+        if operator is None:
+            return cls(None, None, None)
+        schema = operator._schema
+        handle = torch._C._dispatch_find_schema_or_throw(schema.name, schema.overload_name)
+        return cls(operator._op, partial(torch._C._dispatch_call_boxed, handle), operator)
 
     def pick(self) -> Any:
         return self.traced if _tracing() else self.eager
@@ -92,8 +102,11 @@ MASKED = {
 
 # What an ordinary call needs, read in one go.
 _ORDINARY = {name: (q.operator.eager, q.in_place.eager, q.constants, q.mutated) for name, q in MASKED.items()}
+_RECORDED = {name: (q.operator.recorded, q.in_place.recorded, q.mutated) for name, q in MASKED.items()}
 
 _STRAIGHT_THROUGH = _Operator.of(_raw.straight_through.default)
+_STRAIGHT_THROUGH_EACH = _Operator.of(_raw.straight_through_each.default)
+_CURRENT_EACH = _Operator.of(_raw.fake_quantize_current_each.default)
 _GIVEN = MASKED["fake_quantize"].operator
 _LEARNED_BACKWARD = _Operator.of(_raw.fake_quantize_learned_backward.default)
 _DOREFA_WEIGHT = _Operator.of(_raw.dorefa_weight.default)
@@ -131,7 +144,7 @@ def composing() -> bool:
 
 
 def _in_jit_trace() -> bool:
-    return not _tracing() and torch._C._is_tracing()
+    return not _tracing() and _is_jit_tracing()
 
 
 @contextmanager
@@ -225,7 +238,7 @@ def masked(name: str, input: Tensor, inplace: bool, arguments: tuple[Any, ...]) 
         if input.is_neg() or torch.compiler.is_compiling():  # bits that are not its values; torch.export without dynamo
             return input.copy_(masked(name, input, False, arguments))
     if recorded:
-        if _in_jit_trace():
+        if _is_jit_tracing():
             return _masked_transformed(name, input, inplace, arguments)
         return _record_masked(_unwrap_if_dead(input), name, inplace, arguments)  # type: ignore[no-any-return]
     if inplace:
@@ -258,27 +271,77 @@ class _Masked(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, name: str, inplace: bool, arguments: tuple[Any, ...]) -> Tensor:
-        operator, in_place, _, mutated = _ORDINARY[name]
-        if _tracing():
+        operator, in_place, mutated = _RECORDED[name]
+        traced = _tracing()
+        if traced:
             operator, in_place = MASKED[name].operator.traced, MASKED[name].in_place.traced
         if inplace:
             output, mask = input, in_place(input, *arguments)
             ctx.mark_dirty(input)
         else:
             output, mask = operator(input, *arguments)
-        if mutated is not None:
-            bump_versions(arguments[mutated])
+        if mutated is not None and not traced:
+            _increment_version(arguments[mutated])
         ctx.save_for_backward(mask)
-        ctx.memory_format = memory_format_index(output)
+        ctx.memory_format = 0 if output.is_contiguous() else memory_format_index(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (mask,) = ctx.saved_tensors
-        return straight_through(grad_outputs[0], mask, ctx.memory_format), None, None, None
+        (mask,), (grad_output,) = ctx.saved_tensors, grad_outputs
+        if grad_output.requires_grad or _tracing() or _functorch_active() or forward_ad._current_level >= 0:
+            return straight_through(grad_output, mask, ctx.memory_format), None, None, None
+        return _STRAIGHT_THROUGH.recorded(grad_output, mask, ctx.memory_format), None, None, None
 
 
 _record_masked = _recorder(_Masked)
+
+
+class _CurrentEach(Function):
+    """Quantizes tensors with their own ranges: one node, which any part of the outputs may be differentiated through.
+
+    The masks are kept as an attribute. Saved tensors are freed by the first backward, but outputs that are used in
+    graphs of their own, as the weights of two branches are, have a backward each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grid: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs, ctx.mask = _CURRENT_EACH.recorded(list(inputs), *grid)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(y for y, x in zip(outputs, inputs, strict=True) if not x.requires_grad))
+        ctx.offsets = mask_offsets(outputs)[0]
+        ctx.memory_formats = [0 if y.is_contiguous() else memory_format_index(y) for y in outputs]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        places = [i for i, gradient in enumerate(grad_outputs) if gradient is not None]
+        gradients = [gradient for gradient in grad_outputs if gradient is not None]
+        offsets, memory_formats = ([of_each[i] for i in places] for of_each in (ctx.offsets, ctx.memory_formats))
+        found: list[Tensor | None] = [None] * len(grad_outputs)
+        if _tracing() or transforming() or any(gradient.requires_grad for gradient in gradients):
+            masks = [ctx.mask[at : at + (g.numel() + 7) // 8] for g, at in zip(gradients, offsets, strict=True)]
+            passed = map(straight_through, gradients, masks, memory_formats)
+        else:
+            passed = _STRAIGHT_THROUGH_EACH.recorded(gradients, ctx.mask, offsets, memory_formats)
+        for place, gradient in zip(places, passed, strict=True):
+            found[place] = gradient
+        return None, *found
+
+
+_record_current_each = _recorder(_CurrentEach)
+
+
+def current_each(inputs: Sequence[Tensor], grid: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Each tensor quantized with its own range; `grid` is the rest of fake_quantize_current_each's arguments."""
+    recorded = _is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if composing() or _tracing() or (recorded and _is_jit_tracing()):
+        return tuple(masked("fake_quantize_current", tensor, False, (None, *grid)) for tensor in inputs)
+    if not inputs:
+        return ()
+    if recorded:
+        return _record_current_each(grid, *map(_unwrap_if_dead, inputs))  # type: ignore[no-any-return]
+    return tuple(_CURRENT_EACH.eager(list(inputs), *grid)[0])
 
 
 def straight_through(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:

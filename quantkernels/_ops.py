@@ -86,11 +86,11 @@ def _check_dtype(op: str, argument: str, tensor: Tensor, expected: torch.dtype) 
         fail(op, argument, _dtype_name(expected), _dtype_name(tensor.dtype))
 
 
-def _check_axis(op: str, input: Tensor, axis: int | None) -> int | None:
+def _check_axis(op: str, input: Tensor, axis: int | None, name: str = "input") -> int | None:
     if axis is None:
         return None
     if not -input.dim() <= axis < input.dim():
-        fail(op, "axis", f"an axis of `input` with {input.dim()} dimensions", axis)
+        fail(op, "axis", f"an axis of `{name}` with {input.dim()} dimensions", axis)
     return axis % input.dim()
 
 
@@ -199,6 +199,7 @@ _BOUNDS = "float? low, float? high"
 _GRID = "int quant_min, int quant_max"
 _GIVEN = f"Tensor scale, Tensor zero_point, {_GRID}, int? axis, {_BOUNDS}"
 _OUTPUT = "(Tensor output, Tensor mask)"
+_OUTPUTS = "(Tensor[] outputs, Tensor mask)"
 
 
 @_define(f"fake_quantize(Tensor input, {_GIVEN}) -> {_OUTPUT}")
@@ -379,6 +380,30 @@ def _(
     return _empty_like(input), _empty_mask(input)
 
 
+def mask_offsets(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where the bits of each tensor begin in the mask of all, in bytes, and the size of that mask."""
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end += (tensor.numel() + 7) // 8
+    return offsets, end
+
+
+@_define(f"fake_quantize_current_each(Tensor[] inputs, {_GRID}, bool symmetric, int? axis) -> {_OUTPUTS}")
+def _(
+    inputs: Sequence[Tensor], quant_min: int, quant_max: int, symmetric: bool, axis: int | None
+) -> tuple[list[Tensor], Tensor]:
+    op = "fake_quantize_current_each"
+    for index, input in enumerate(inputs):
+        name = f"inputs[{index}]"
+        _check_same_device(op, name, input, inputs[0])
+        _check_floating(op, name, input)
+        _check_axis(op, input, axis, name)
+    _Quantization(quant_min, quant_max, symmetric).check(op)
+    mask = inputs[0].new_empty((mask_offsets(inputs)[1],), dtype=torch.uint8)
+    return [_empty_like(input) for input in inputs], mask
+
+
 def _check_length(op: str, argument: str, unit: str, items: Sequence[object], ranges: Sequence[Tensor]) -> None:
     if len(items) != len(ranges):
         fail(op, argument, f"of {len(ranges)} {unit}", len(items))
@@ -533,10 +558,39 @@ def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     _check_dtype(op, "mask", mask, torch.uint8)
     if mask.dim() != 1 or mask.numel() != (grad_output.numel() + 7) // 8:
         fail(op, "mask", f"of shape [{(grad_output.numel() + 7) // 8}]", _shape(mask))
-    if memory_format not in (0, 1, 2) or (memory_format > 0 and grad_output.dim() != memory_format + 3):
-        expected = "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)"
-        fail(op, "memory_format", expected, f"{memory_format} with {grad_output.dim()} dimensions")
+    _check_memory_format(op, "memory_format", memory_format, grad_output)
     return _empty_in_layout(grad_output, memory_format)
+
+
+def _check_memory_format(op: str, argument: str, memory_format: int, tensor: Tensor) -> None:
+    if memory_format not in (0, 1, 2) or (memory_format > 0 and tensor.dim() != memory_format + 3):
+        expected = "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)"
+        fail(op, argument, expected, f"{memory_format} with {tensor.dim()} dimensions")
+
+
+@_define(
+    "straight_through_each(Tensor[] grad_outputs, Tensor mask, int[] mask_offsets, int[] memory_formats) -> Tensor[]"
+)
+def _(
+    grad_outputs: Sequence[Tensor], mask: Tensor, mask_offsets: Sequence[int], memory_formats: Sequence[int]
+) -> list[Tensor]:
+    op = "straight_through_each"
+    for index, grad_output in enumerate(grad_outputs):
+        _check_same_device(op, f"grad_outputs[{index}]", grad_output, mask)
+    for index, grad_output in enumerate(grad_outputs):
+        _check_floating(op, f"grad_outputs[{index}]", grad_output)
+    _check_dtype(op, "mask", mask, torch.uint8)
+    if mask.dim() != 1:
+        fail(op, "mask", "one-dimensional", _shape(mask))
+    _check_contiguous(op, "mask", mask)
+    for argument, numbers in (("mask_offsets", mask_offsets), ("memory_formats", memory_formats)):
+        _check_length(op, argument, "numbers", numbers, grad_outputs)
+    for index, grad_output in enumerate(grad_outputs):
+        last = mask.numel() - (grad_output.numel() + 7) // 8
+        if not 0 <= mask_offsets[index] <= last:
+            fail(op, f"mask_offsets[{index}]", f"from 0 to {last}", mask_offsets[index])
+        _check_memory_format(op, f"memory_formats[{index}]", memory_formats[index], grad_output)
+    return [_empty_in_layout(g, f) for g, f in zip(grad_outputs, memory_formats, strict=True)]
 
 
 @_define("min_max(Tensor input, int? axis) -> (Tensor min, Tensor max)")

@@ -25,6 +25,7 @@ __all__ = [
     "end_step",
     "fake_quantize",
     "fake_quantize_current",
+    "fake_quantize_current_each",
     "fake_quantize_in_range",
     "fake_quantize_learned",
     "min_max",
@@ -208,6 +209,13 @@ def fake_quantize_current(
     is_active = active is None or bool(active.any())
     low, high = (torch.where(torch.tensor(is_active), extremum.float(), 0.0) for extremum in (low, high))
     return _quantize_in_range(input, low, high, quant_min, quant_max, symmetric, axis, group_size)
+
+
+def fake_quantize_current_each(
+    inputs: Sequence[Tensor], quant_min: int, quant_max: int, *, symmetric: bool = False, axis: int | None = None
+) -> tuple[Tensor, ...]:
+    """See :func:`quantkernels.functional.fake_quantize_current_each`."""
+    return tuple(fake_quantize_current(x, quant_min, quant_max, symmetric=symmetric, axis=axis) for x in inputs)
 
 
 def fake_quantize_learned(

@@ -77,6 +77,14 @@ def current(channels: int) -> tuple[Any, ...]:
     return -127, 127
 
 
+def several(_: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(15)
+    shapes = ((3, 50), (1,), (0, 4), (5, 300, 9), (64, 3, 3, 3), (70, 1001))
+    tensors = [torch.randn(shape, generator=generator).to(d) for d in DTYPES for shape in shapes]
+    tensors += [torch.randn(3, generator=generator) for _ in range(60)]
+    return tensors, -127, 127
+
+
 def beginning(_: int) -> tuple[Any, ...]:
     states = [ranges(channels) for channels in (1, 7, 300, *[1] * 70)]
     zeros = [torch.zeros_like(state) for state in states]
@@ -112,7 +120,8 @@ class Case:
             a tie of a hyperbolic tangent or an activation.
         misaligned: the input begins an element past where a vector may begin.
         needs_grad: the gradient is computed, and compared too.
-        has_input: the first argument is a tensor of the shape; without, the arguments are all.
+        has_input: the first argument is a tensor of the shape; without, the arguments are all, and a list of tensors in
+            front is what has gradients.
         statistics: tensors of the dtype of batch norm's statistics, in front of the other arguments. Such a function
             knows the axis, and its ranges are per tensor.
     """
@@ -142,6 +151,8 @@ SMALL = (
     Case("fake_quantize_in_range", (*FLAT, *CHANNELS), observed_range, {"bounds": (0.0, math.inf)}),
     Case("fake_quantize_current", (*FLAT, *CHANNELS), current, {"symmetric": True}),
     Case("fake_quantize_current", (*FLAT, *CHANNELS), current, {"symmetric": True}, misaligned=True),
+    Case("fake_quantize_current_each", (((1,), None),), several, has_input=False),
+    Case("fake_quantize_current_each", (((1,), None),), several, {"axis": 0}, has_input=False),
     Case("fake_quantize_learned", (*FLAT, *CHANNELS), given_scale, LEARNED, tolerance=1e-6),
     Case("fake_quantize_learned", (*FLAT, *CHANNELS), given_scale, LEARNED, tolerance=1e-6, misaligned=True),
     Case("begin_step", (((1,), None),), beginning, needs_grad=False, has_input=False),
@@ -211,6 +222,8 @@ def _run(module: Any, case: Case, x: Tensor, gradient: Tensor, axis: int | None,
     leaf = (_misalign(leaf) if case.misaligned else leaf).requires_grad_(case.needs_grad)
     channels = 1 if axis is None else x.shape[axis]
     arguments = _moved(case.arguments(1 if case.statistics else channels), device)
+    if case.needs_grad and not case.has_input:
+        arguments[0] = [tensor.requires_grad_() for tensor in arguments[0]]
     options = dict(zip(case.options, _moved(case.options.values(), device), strict=True))
     if case.statistics:
         arguments = [s.to(device, statistics_dtype(x.dtype)) for s in case.statistics(channels)] + arguments
@@ -218,6 +231,9 @@ def _run(module: Any, case: Case, x: Tensor, gradient: Tensor, axis: int | None,
         options["axis"] = axis
     results = getattr(module, case.function)(*([leaf] if case.has_input else []), *arguments, **options)
     results = results if isinstance(results, tuple) else () if results is None else (results,)
+    if case.needs_grad and not case.has_input:
+        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+        return [t.detach().cpu() for t in (*results, *(t.grad for t in arguments[0]))]
     if case.needs_grad:
         incoming = gradient.to(device)
         results[0].backward(_misalign(incoming) if case.misaligned else incoming)

@@ -42,10 +42,14 @@ def install(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, masked in _autograd.MASKED.items()
     }
     monkeypatch.setattr(_autograd, "_ORDINARY", ordinary)
+    recorded = {name: (call, in_place, mutated) for name, (call, in_place, _, mutated) in ordinary.items()}
+    monkeypatch.setattr(_autograd, "_RECORDED", recorded)
     learned = ("_GIVEN", "_LEARNED_BACKWARD")
-    for name in ("_STRAIGHT_THROUGH", *learned, "_DOREFA_WEIGHT", "_DOREFA_WEIGHT_BACKWARD", "_DOREFA_GRADIENT"):
+    each = ("_CURRENT_EACH", "_STRAIGHT_THROUGH_EACH")
+    for name in ("_STRAIGHT_THROUGH", *each, *learned, "_DOREFA_WEIGHT", "_DOREFA_WEIGHT_BACKWARD", "_DOREFA_GRADIENT"):
         operator = getattr(_autograd, name)
-        monkeypatch.setattr(_autograd, name, operator._replace(eager=way(operator.traced)))
+        call = way(operator.traced)
+        monkeypatch.setattr(_autograd, name, operator._replace(eager=call, recorded=call))
     monkeypatch.setattr(functional, "_per_tensor", ordinary["fake_quantize_per_tensor"][0])
     for module in (functional, _autograd, _activation):
         monkeypatch.setattr(module, "_raw", _Raw(way))

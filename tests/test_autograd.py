@@ -904,3 +904,82 @@ def test_groups_in_place_bump_the_version_and_are_refused_where_torch_refuses() 
         (out + h).sum().backward()
     with pytest.raises(RuntimeError, match="`scale` to be a constant"):
         functional.fake_quantize(x, scale.clone().requires_grad_(), zero_point, -4, 3, 1, group_size=4)
+
+
+def several() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(15)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in ((5, 7), (3, 4), (64, 3, 3, 3))]
+
+
+def one_by_one(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(functional.fake_quantize_current(x, -7, 7, symmetric=True) for x in tensors)
+
+
+def together(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return functional.fake_quantize_current_each(tensors, -7, 7, symmetric=True)
+
+
+def test_each_gives_no_gradient_where_none_arrives() -> None:
+    tensors = several()
+    outputs = together(tensors)
+    outputs[1].square().sum().backward()
+    assert tensors[0].grad is None
+    assert tensors[2].grad is None
+    (expected,) = torch.autograd.grad(one_by_one(tensors)[1].square().sum(), tensors[1])
+    assert torch.equal(tensors[1].grad, expected)
+
+
+def test_each_has_a_backward_for_every_output_by_itself() -> None:
+    tensors = several()
+    for y in together(tensors):
+        y.square().sum().backward()
+    alone = several()
+    for y in one_by_one(alone):
+        y.square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(tensors, alone, strict=True))
+
+
+def test_each_leaves_constants_without_a_gradient() -> None:
+    tensors = several()
+    tensors[1].requires_grad_(False)
+    outputs = together(tensors)
+    assert [y.requires_grad for y in outputs] == [True, False, True]
+    assert not any(y.requires_grad for y in together([x.detach() for x in tensors]))
+    assert together([]) == ()
+
+
+def test_each_is_differentiable_twice() -> None:
+    found = []
+    for function in (together, one_by_one):
+        tensors = several()
+        loss = sum(y.pow(3).sum() for y in function(tensors))
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_each_in_place_on_an_output_leaves_the_others() -> None:
+    tensors = several()
+    outputs = together(tensors)
+    outputs[0].mul_(2)
+    sum(y.sum() for y in outputs).backward()
+    assert torch.equal(tensors[0].grad, 2 * torch.autograd.grad(one_by_one(tensors)[0].sum(), tensors[0])[0])
+
+
+def test_each_under_transforms_and_compile() -> None:
+    x = several()[0].detach()
+
+    def loss(module: Any) -> Any:
+        return lambda x: module([x, 2 * x])[1].square().sum()
+
+    assert torch.equal(torch.func.grad(loss(together))(x), torch.func.grad(loss(one_by_one))(x))
+    batch = torch.stack([x, 3 * x])
+    for a, b in zip(vmap(lambda x: together([x]))(batch)[0], batch, strict=True):
+        assert torch.equal(a, one_by_one([b])[0])
+    compiled = torch.compile(together, backend="aot_eager", fullgraph=True)
+    tensors, alone = several(), several()
+    outputs, wanted = compiled(tensors), one_by_one(alone)
+    assert all(torch.equal(y, w) for y, w in zip(outputs, wanted, strict=True))
+    for of_each in (outputs, wanted):
+        sum(y.sum() for y in of_each).backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(tensors, alone, strict=True))

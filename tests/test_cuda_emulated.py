@@ -54,6 +54,7 @@ from test_functional import (  # noqa: F401  collected here once more, on the em
     test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
     test_dorefa_weight_shows_what_is_not_finite,
     test_fake_quantize_current,
+    test_fake_quantize_current_each,
     test_fake_quantize_current_layouts,
     test_fake_quantize_current_per_group,
     test_fake_quantize_every_half,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cases
@@ -503,6 +504,45 @@ def test_fake_quantize_current_layouts(layout: cases.Layout) -> None:
     before = x.clone()
     assert_matches_reference("fake_quantize_current", x, 0, 15)
     assert_same_bits(x, before)
+
+
+def several_tensors(axis: int | None) -> list[Tensor]:
+    """Of every dtype and layout; empty ones, ones that share a byte of a mask with nothing, large ones."""
+    shapes = [(1,), (9,), (0, 3), (3, 67), (8, 1, 3, 3), (5, 6, 4, 3), (70, 1001), (3, 2, 4, 5, 2)]
+    tensors = [cases.sample(shape, dtype, i) for i, shape in enumerate(shapes) for dtype in cases.DTYPES]
+    tensors += [x.to(memory_format=torch.channels_last) for x in tensors if x.dim() == 4]
+    tensors += [x.t() for x in tensors if x.dim() == 2] + [torch.zeros(40, 5), torch.ones(7).expand(3, 7)]
+    return [x.nan_to_num(0.5, 2.0, -2.0) if i % 2 else x for i, x in enumerate(tensors) if axis is None or x.dim() > 1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_fake_quantize_current_each(axis: int | None, symmetric: bool, threads: int) -> None:
+    tensors = several_tensors(axis)
+    options: dict[str, Any] = {"symmetric": symmetric, "axis": axis}
+    before, threads_before = [x.clone() for x in tensors], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+        outputs = functional.fake_quantize_current_each(leaves, -127, 127, **options)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        with torch.no_grad():
+            assert_same_all(outputs, functional.fake_quantize_current_each(tensors, -127, 127, **options))
+    finally:
+        torch.set_num_threads(threads_before)
+    alone = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    one_by_one = [functional.fake_quantize_current(x, -127, 127, **options) for x in alone]
+    torch.autograd.backward(one_by_one, [torch.ones_like(y) for y in one_by_one])
+    assert_same_all(outputs, one_by_one)
+    assert_same_all([x.grad for x in leaves], [x.grad for x in alone])
+    assert_same_all(outputs, reference.fake_quantize_current_each(tensors, -127, 127, **options))
+    assert_same_all(tensors, before)
+
+
+def assert_same_all(actual: Sequence[Any], expected: Sequence[Any]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a.detach(), e.detach())
 
 
 # Shapes, an axis and a group size: whole groups and ragged ones, the axis innermost in memory or not, one per token.

@@ -31,7 +31,7 @@ BELONGS_TO = {
 # How `save_levels` keeps a tensor. Computes nothing that a reference could state: what went in comes out, to the bit.
 LEVELS = {"pack_levels", "unpack_levels"}
 # The backward of every masked quantizer: what it computes is in the gradients of the references.
-WITHOUT_FUNCTION = {"straight_through", *LEVELS}
+WITHOUT_FUNCTION = {"straight_through", "straight_through_each", *LEVELS}
 # Whether levels give a tensor back, so that the tensor need not be kept, is decided on the host at every call.
 WITHOUT_CUDA = LEVELS
 # The benchmark that it is measured in, where that has another name.
@@ -40,6 +40,7 @@ BENCHMARKS = {
     "fake_quantize_in_range": "observe_fake_quantize",
     "activation_fake_quantize": "hardswish + observe_fake_quantize",
     "unpack_levels": "pack_levels",
+    "straight_through_each": "fake_quantize_current_each",
     "begin_step": "observe_fake_quantize",
     "end_step": "observe_fake_quantize",
 }

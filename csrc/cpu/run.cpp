@@ -405,6 +405,34 @@ void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
   });
 }
 
+// Jobs one after the other, those of up to kGrain elements in one parallel region: whole jobs are shared out among its
+// threads, by their sizes. numel_of(job), run_job(job, ParallelFor).
+template <class Job, class NumelOf, class RunJob>
+void run_each(const Job* jobs, int64_t count, ParallelFor parallel_for, const NumelOf& numel_of,
+              const RunJob& run_job) {
+  constexpr int64_t kJobCost = 1 << 10;  // of a job of no elements, in elements
+  std::vector<const Job*> shared;
+  std::vector<int64_t> begins;  // of each of these, in elements of all
+  int64_t total = 0;
+  for (const Job* job = jobs; job < jobs + count; ++job) {
+    const int64_t numel = numel_of(*job);
+    if (numel > kGrain) {
+      run_job(*job, parallel_for);
+      continue;
+    }
+    shared.push_back(job);
+    begins.push_back(total);
+    total += numel + kJobCost;
+  }
+  const ParallelFor in_this_thread = [](int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
+    body(begin, end, context);
+  };
+  parallel(parallel_for, total, kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = static_cast<size_t>(std::lower_bound(begins.begin(), begins.end(), begin) - begins.begin());
+    for (; i < shared.size() && begins[i] < end; ++i) run_job(*shared[i], in_this_thread);
+  });
+}
+
 }  // namespace
 
 std::vector<std::string> available_tiers() {
@@ -423,6 +451,21 @@ void run(const AffineJob& job, ParallelFor parallel_for) {
 void run(const RangeJob& job, ParallelFor parallel_for) {
   if (job.dtype == DType::kFloat64) return store_range<double>(job, parallel_for);
   return store_range<float>(job, parallel_for);
+}
+
+void run(const CurrentJobs& jobs, ParallelFor parallel_for) {
+  run_each(
+      jobs.jobs, jobs.count, parallel_for, [](const CurrentJob& job) { return job.range.view.numel(); },
+      [](const CurrentJob& job, ParallelFor of_job) {
+        run(job.range, of_job);
+        run(job.quantization, of_job);
+      });
+}
+
+void run(const StraightThroughJobs& jobs, ParallelFor parallel_for) {
+  run_each(
+      jobs.jobs, jobs.count, parallel_for, [](const StraightThroughJob& job) { return job.numel; },
+      [](const StraightThroughJob& job, ParallelFor of_job) { run(job, of_job); });
 }
 
 void run(const BeginStepJob& job, ParallelFor) {

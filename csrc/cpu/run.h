@@ -21,6 +21,8 @@ const char* active_tier();
 
 void run(const AffineJob& job, ParallelFor parallel_for);
 void run(const RangeJob& job, ParallelFor parallel_for);
+void run(const CurrentJobs& jobs, ParallelFor parallel_for);
+void run(const StraightThroughJobs& jobs, ParallelFor parallel_for);
 void run(const BeginStepJob& job, ParallelFor parallel_for);
 void run(const EndStepJob& job, ParallelFor parallel_for);
 void run(const LearnedGradientJob& job, ParallelFor parallel_for);

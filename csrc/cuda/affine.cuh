@@ -78,11 +78,12 @@ __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
 template <class S, bool kAligned, bool kMixed>
 constexpr int kChannelsPart = sizeof(S) == 8 ? 1 : (sizeof(S) == 4 && !kMixed ? kChunkElements<S, kAligned> : 2);
 
-// Every element on the grid of its channel.
-template <class S, bool kAligned, bool kMixed>
+// Every element on the grid of its channel. One division per pack finds the first element's channel. kMixed: a pack may
+// cross from one channel to the next, because the inner size is no multiple of the pack's.
+template <class S, bool kAligned, bool kMixed, class ForEachPack>
 __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t numel,
-                                                  const AffineGrid<Compute<S>>* grids) {
-  for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
+                                                  const AffineGrid<Compute<S>>* grids, const ForEachPack& for_each) {
+  for_each([&](int64_t first) {
     ChannelRows<AffineGrid<Compute<S>>, kPackElements<S>, kMixed> rows(job.view, grids, first);
     quantize_pack<kChunkElements<S, kAligned>, kChannelsPart<S, kAligned, kMixed>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
@@ -132,7 +133,8 @@ __global__ void __maxnreg__(kMaxRegisters)
   QK_SHARED(AffineGrid<Compute<S>>, block_grids, kSharedChannels);
   if (table == nullptr && threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<S>(job, threadIdx.x);
   __syncthreads();
-  quantize_channels<S, kAligned, kMixed>(job, numel, table == nullptr ? block_grids : table);
+  quantize_channels<S, kAligned, kMixed>(job, numel, table == nullptr ? block_grids : table,
+                                         [&](const auto& body) { for_each_pack<kPackElements<S>>(numel, body); });
 }
 
 // For a job of at least one element. Observes only where there is one channel.

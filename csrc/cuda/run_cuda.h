@@ -22,6 +22,8 @@ cudaError_t run(const LearnedGradientJob& job, void* workspace, cudaStream_t str
 cudaError_t run(const StraightThroughJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const ExtremaJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const RangeJob& job, void* workspace, cudaStream_t stream);
+cudaError_t run(const CurrentJobs& jobs, void* workspace, cudaStream_t stream);
+cudaError_t run(const StraightThroughJobs& jobs, void* workspace, cudaStream_t stream);
 cudaError_t run(const BeginStepJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const EndStepJob& job, void* workspace, cudaStream_t stream);
 cudaError_t run(const DoReFaWeightJob& job, void* workspace, cudaStream_t stream);
@@ -38,6 +40,8 @@ size_t workspace_bytes(const LearnedGradientJob& job);
 size_t workspace_bytes(const StraightThroughJob& job);
 size_t workspace_bytes(const ExtremaJob& job);
 size_t workspace_bytes(const RangeJob& job);
+size_t workspace_bytes(const CurrentJobs& jobs);
+size_t workspace_bytes(const StraightThroughJobs& jobs);
 size_t workspace_bytes(const BeginStepJob& job);
 size_t workspace_bytes(const EndStepJob& job);
 size_t workspace_bytes(const DoReFaWeightJob& job);

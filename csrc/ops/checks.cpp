@@ -60,11 +60,11 @@ void check_dtype(const char* op, const char* argument, const Tensor& tensor, int
   }
 }
 
-std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis) {
+std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis, const char* name) {
   if (!axis.has_value()) return axis;
   const int64_t dims = input.dim();
   if (*axis < -dims || *axis >= dims) {
-    fail(op, "axis", "an axis of `input` with ", dims, " dimensions, but got ", *axis);
+    fail(op, "axis", "an axis of `", name, "` with ", dims, " dimensions, but got ", *axis);
   }
   return *axis < 0 ? *axis + dims : *axis;
 }

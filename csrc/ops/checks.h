@@ -18,7 +18,8 @@ void check_same_device(const char* op, const char* argument, const Tensor& tenso
 DType check_floating(const char* op, const char* argument, const Tensor& tensor);
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, int32_t expected);
 // The axis counted from 0, or nothing for per tensor.
-std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis);
+std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis,
+                                  const char* name = "input");
 // [1] (or 0-dim) per tensor, [size of the axis] per channel.
 void check_per_channel(const char* op, const char* argument, const Tensor& tensor, int64_t channels);
 void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max);

@@ -1,8 +1,11 @@
 // Owns the operators of affine fake quantization: fake_quantize, fake_quantize_in_range, fake_quantize_current,
-// observe_fake_quantize, fake_quantize_learned_backward, straight_through, min_max.
+// fake_quantize_current_each, observe_fake_quantize, fake_quantize_learned_backward, straight_through,
+// straight_through_each, min_max.
 #include <cmath>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "backend.h"
 #include "checks.h"
@@ -45,19 +48,25 @@ T* mutable_pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// All but where the grid comes from.
-AffineJob affine_job(const Prepared& p, DType dtype, const Quantization& q, Axis axis) {
+// All but where the grid comes from and where the results go.
+AffineJob affine_job(const Tensor& source, Layout layout, DType dtype, const Quantization& q, Axis axis) {
   AffineJob job{};
   job.dtype = dtype;
-  job.input = p.source->const_data_ptr();
-  job.output = p.output().mutable_data_ptr();
-  job.mask = mutable_pointer<uint8_t>(p.mask);
-  job.view = view_around(*p.source, p.layout, axis);
+  job.input = source.const_data_ptr();
+  job.view = view_around(source, layout, axis);
   job.symmetric = q.symmetric;
   job.quant_min = static_cast<int32_t>(q.quant_min);
   job.quant_max = static_cast<int32_t>(q.quant_max);
   job.low = q.low;
   job.high = q.high;
+  return job;
+}
+
+// All but where the grid comes from.
+AffineJob affine_job(const Prepared& p, DType dtype, const Quantization& q, Axis axis) {
+  AffineJob job = affine_job(*p.source, p.layout, dtype, q, axis);
+  job.output = p.output().mutable_data_ptr();
+  job.mask = mutable_pointer<uint8_t>(p.mask);
   return job;
 }
 
@@ -250,6 +259,63 @@ std::tuple<Tensor, Tensor> fake_quantize_current(const Tensor& input, const std:
   return output_and_mask(std::move(p));
 }
 
+using Tensors = std::vector<Tensor>;
+
+void check_length(const char* op, const char* argument, size_t length, size_t expected) {
+  if (length != expected) fail(op, argument, "of ", expected, " numbers, but got ", length);
+}
+
+std::string indexed(const char* list, size_t index) { return std::string(list) + '[' + std::to_string(index) + ']'; }
+
+int64_t mask_bytes(const Tensor& tensor) { return (tensor.numel() + 7) / 8; }
+
+template <class Backend>
+std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, int64_t quant_min, int64_t quant_max,
+                                                       bool symmetric, Axis axis) {
+  constexpr const char* kOp = "fake_quantize_current_each";
+  std::vector<DType> dtypes;
+  std::vector<Axis> axes;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const std::string name = indexed("inputs", i);
+    check_same_device(kOp, name.c_str(), inputs[i], inputs[0]);
+    dtypes.push_back(check_floating(kOp, name.c_str(), inputs[i]));
+    axes.push_back(check_axis(kOp, inputs[i], axis, name.c_str()));
+  }
+  const Quantization q(quant_min, quant_max, symmetric, {}, {});
+  check_quantization(kOp, q);
+  Tensors outputs;
+  std::vector<Dense> sources;
+  sources.reserve(inputs.size());
+  std::vector<CurrentJob> jobs;
+  int64_t channels = 0, bytes = 0;
+  for (const Tensor& input : inputs) bytes += mask_bytes(input);
+  Tensor mask = empty_vector(inputs[0], bytes, aoti_torch_dtype_uint8());
+  uint8_t* bits = mutable_pointer<uint8_t>(mask);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Layout layout = dense_layout(inputs[i]).value_or(Layout::kContiguous);
+    const Tensor& source = *sources.emplace_back(inputs[i], layout);
+    outputs.push_back(empty_in_layout(inputs[i], layout));
+    if (source.numel() == 0) continue;
+    CurrentJob job{};
+    job.quantization = affine_job(source, layout, dtypes[i], q, axes[i]);
+    job.quantization.output = outputs[i].mutable_data_ptr();
+    job.quantization.mask = bits;
+    bits += mask_bytes(source);
+    channels += job.quantization.view.channels;
+    jobs.push_back(job);
+  }
+  const Tensor ranges = empty_vector(inputs[0], 2 * channels, aoti_torch_dtype_float32());
+  float* range = mutable_pointer<float>(ranges);
+  for (CurrentJob& job : jobs) {
+    AffineJob& quantization = job.quantization;
+    quantization.range = range;
+    job.range = {quantization.dtype, quantization.input, quantization.view, nullptr, range};
+    range += 2 * quantization.view.channels;
+  }
+  if (!jobs.empty()) Backend::run(CurrentJobs{jobs.data(), static_cast<int64_t>(jobs.size())}, inputs[0]);
+  return {std::move(outputs), std::move(mask)};
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad_output, const Tensor& input,
                                                                   const Tensor& scale, const Tensor& zero_point,
@@ -283,6 +349,34 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(const Tensor& 
   return {std::move(grad_input), std::move(grad_scale), std::move(grad_zero_point)};
 }
 
+void check_memory_format(const char* op, const char* argument, int64_t memory_format, int64_t dims) {
+  const int64_t of_format = memory_format == 0 ? dims : memory_format + 3;
+  if (memory_format < 0 || memory_format > 2 || of_format != dims) {
+    fail(op, argument, "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)",
+         ", but got ", memory_format, " with ", dims, " dimensions");
+  }
+}
+
+// Where the straight-through gradient is read and written; a copy is masked in place.
+class PreparedGradient {
+ public:
+  PreparedGradient(const Tensor& grad_output, Layout layout, const uint8_t* mask)
+      : source_(grad_output, layout), fresh_(source_.is_copy() ? Tensor() : empty_in_layout(grad_output, layout)) {
+    job_.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(source_->dtype()));
+    job_.grad_output = source_->const_data_ptr();
+    job_.mask = mask;
+    job_.grad_input = (source_.is_copy() ? *source_ : fresh_).mutable_data_ptr();
+    job_.numel = source_->numel();
+  }
+  const StraightThroughJob& job() const { return job_; }
+  Tensor take() { return source_.is_copy() ? source_.take_copy() : std::move(fresh_); }
+
+ private:
+  Dense source_;
+  Tensor fresh_;
+  StraightThroughJob job_{};
+};
+
 template <class Backend>
 Tensor straight_through(const Tensor& grad_output, const Tensor& mask, int64_t memory_format) {
   constexpr const char* kOp = "straight_through";
@@ -292,23 +386,48 @@ Tensor straight_through(const Tensor& grad_output, const Tensor& mask, int64_t m
   if (mask.dim() != 1 || mask.numel() != (grad_output.numel() + 7) / 8) {
     fail(kOp, "mask", "of shape [", (grad_output.numel() + 7) / 8, "], but got ", shape_text(mask));
   }
-  const int64_t dims = memory_format == 0 ? grad_output.dim() : memory_format + 3;
-  if (memory_format < 0 || memory_format > 2 || dims != grad_output.dim()) {
-    fail(kOp, "memory_format", "0 (contiguous), 1 (channels_last, 4 dimensions) or 2 (channels_last_3d, 5 dimensions)",
-         ", but got ", memory_format, " with ", grad_output.dim(), " dimensions");
-  }
-  const Layout layout = static_cast<Layout>(memory_format);
-  Dense source(grad_output, layout);
-  Tensor grad_input = source.is_copy() ? Tensor() : empty_in_layout(grad_output, layout);
+  check_memory_format(kOp, "memory_format", memory_format, grad_output.dim());
   const Dense dense_mask(mask, Layout::kContiguous);
-  StraightThroughJob job{};
-  job.element_size = static_cast<int64_t>(aoti_torch_dtype_element_size(source->dtype()));
-  job.grad_output = source->const_data_ptr();
-  job.mask = static_cast<const uint8_t*>(dense_mask->const_data_ptr());
-  job.grad_input = (source.is_copy() ? *source : grad_input).mutable_data_ptr();
-  job.numel = source->numel();
-  Backend::run(job, grad_output);
-  return source.is_copy() ? source.take_copy() : std::move(grad_input);
+  PreparedGradient gradient(grad_output, static_cast<Layout>(memory_format), pointer<uint8_t>(*dense_mask));
+  Backend::run(gradient.job(), grad_output);
+  return gradient.take();
+}
+
+template <class Backend>
+Tensors straight_through_each(const Tensors& grad_outputs, const Tensor& mask, const std::vector<int64_t>& mask_offsets,
+                              const std::vector<int64_t>& memory_formats) {
+  constexpr const char* kOp = "straight_through_each";
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    check_same_device(kOp, indexed("grad_outputs", i).c_str(), grad_outputs[i], mask);
+  }
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    check_floating(kOp, indexed("grad_outputs", i).c_str(), grad_outputs[i]);
+  }
+  check_dtype(kOp, "mask", mask, aoti_torch_dtype_uint8());
+  if (mask.dim() != 1) fail(kOp, "mask", "one-dimensional, but got ", shape_text(mask));
+  check_contiguous(kOp, "mask", mask);
+  check_length(kOp, "mask_offsets", mask_offsets.size(), grad_outputs.size());
+  check_length(kOp, "memory_formats", memory_formats.size(), grad_outputs.size());
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    const int64_t last = mask.numel() - mask_bytes(grad_outputs[i]);
+    if (mask_offsets[i] < 0 || mask_offsets[i] > last) {
+      fail(kOp, indexed("mask_offsets", i).c_str(), "from 0 to ", last, ", but got ", mask_offsets[i]);
+    }
+    check_memory_format(kOp, indexed("memory_formats", i).c_str(), memory_formats[i], grad_outputs[i].dim());
+  }
+  std::vector<PreparedGradient> gradients;
+  gradients.reserve(grad_outputs.size());
+  std::vector<StraightThroughJob> jobs;
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
+    const Layout layout = static_cast<Layout>(memory_formats[i]);
+    const PreparedGradient& gradient =
+        gradients.emplace_back(grad_outputs[i], layout, pointer<uint8_t>(mask) + mask_offsets[i]);
+    if (gradient.job().numel > 0) jobs.push_back(gradient.job());
+  }
+  if (!jobs.empty()) Backend::run(StraightThroughJobs{jobs.data(), static_cast<int64_t>(jobs.size())}, mask);
+  Tensors grad_inputs;
+  for (PreparedGradient& gradient : gradients) grad_inputs.push_back(gradient.take());
+  return grad_inputs;
 }
 
 template <class Backend>
@@ -343,10 +462,12 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("fake_quantize_in_range", Boxed<&fake_quantize_in_range<Backend>>::call);
   m.impl("fake_quantize_in_range_", Boxed<&fake_quantize_in_range_<Backend>>::call);
   m.impl("fake_quantize_current", Boxed<&fake_quantize_current<Backend>>::call);
+  m.impl("fake_quantize_current_each", Boxed<&fake_quantize_current_each<Backend>>::call);
   m.impl("observe_fake_quantize", Boxed<&observe_fake_quantize<Backend>>::call);
   m.impl("observe_fake_quantize_", Boxed<&observe_fake_quantize_<Backend>>::call);
   m.impl("fake_quantize_learned_backward", Boxed<&fake_quantize_learned_backward<Backend>>::call);
   m.impl("straight_through", Boxed<&straight_through<Backend>>::call);
+  m.impl("straight_through_each", Boxed<&straight_through_each<Backend>>::call);
   m.impl("min_max", Boxed<&min_max<Backend>>::call);
 }
 

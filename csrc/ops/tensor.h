@@ -91,8 +91,8 @@ inline void copy_into(const Tensor& target, const Tensor& source) {
   check_torch(aoti_torch_copy_(target.get(), source.get(), 0));
 }
 
-// The kernel of a function of tensors and numbers that returns nothing, a tensor or a tuple of them: it takes the
-// arguments off the stack and leaves the results there.
+// The kernel of a function of tensors and numbers that returns nothing, a tensor, a list or a tuple of these: it takes
+// the arguments off the stack and leaves the results there.
 template <auto function>
 struct Boxed;
 
@@ -142,6 +142,11 @@ struct Boxed<function> {
   }
 
   static void leave(StableIValue* stack, Tensor result) { *stack = torch::stable::detail::from(result.release()); }
+  static void leave(StableIValue* stack, std::vector<Tensor> results) {
+    std::vector<AtenTensorHandle> handles;
+    for (Tensor& result : results) handles.push_back(result.release());
+    *stack = torch::stable::detail::from(handles);
+  }
   template <class... T>
   static void leave(StableIValue* stack, std::tuple<T...> results) {
     std::apply([&](T&... result) { (leave(stack++, std::move(result)), ...); }, results);

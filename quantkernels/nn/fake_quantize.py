@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkernels import functional
+from quantkernels._autograd import masked
 from quantkernels.grids import Dtype, Scheme
 from quantkernels.nn.observers import Observers
 
@@ -105,6 +106,8 @@ class FakeQuantize(nn.Module):
         self.inplace = inplace
         self.symmetric = quant_scheme.endswith("symmetric")
         self.quant_min, self.quant_max = functional.quant_range(bits, quant_dtype, self.symmetric)
+        low, high = functional.operator_bounds(self.bounds)
+        self._grid = (self.quant_min, self.quant_max, self.symmetric, self.axis, low, high)
         self.enabled = True
         self.frozen = False
         self.calibrating = False
@@ -137,7 +140,14 @@ class FakeQuantize(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Returns the fake-quantized `input`; in training mode it is observed as well."""
         if not torch.compiler.is_compiling():
-            self.__dict__["has_run"] = True
+            state = vars(self)  # Module.__getattr__ makes self.x cost three times as much
+            state["has_run"] = True
+            if state["training"] and state["enabled"] and not (state["dynamic"] or state["frozen"]):
+                observers = state["observers"]
+                if observers.in_step or observers.by_optimizer:  # all that a model's step needs of what is below
+                    state["has_range"] = True
+                    arguments = (state["active"], state["pending"], *state["_grid"])
+                    return masked("observe_fake_quantize", input, state["inplace"], arguments)
         if not self.enabled:
             return input if self.bounds is None else clamped(input, self.bounds, self.inplace)
         if self.dynamic:

@@ -49,6 +49,7 @@ from quantkernels.quantizers.config import (
     user_class,
 )
 from quantkernels.quantizers.summary import Summary, summarize
+from quantkernels.quantizers.together import WeightsTogether
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -171,6 +172,7 @@ class Quantizer(abc.ABC):
         self.activation_notes: list[str] = []
         self.layers: list[QuantizedLayer] = []
         self.observers = Observers(())
+        self._weights = WeightsTogether()
         self.optimizer = None if optimizer is None else _innermost(name, optimizer)
         self._optimizer_hook: RemovableHandle | None = None
         self._begins_with_forward = False
@@ -284,6 +286,7 @@ class Quantizer(abc.ABC):
         self.activation_notes = []
         self._steps, self._has_frozen_bn = 0, False
         self.observers = Observers(())
+        self._weights = WeightsTogether()
         chains, self._folded = self._folded, []
         for chain in chains if fold else ():
             fold_into(chain.producer, chain.norm)
@@ -728,6 +731,12 @@ class Quantizer(abc.ABC):
                         members[module] = layer.entry.quant_start_step
         self.observers = Observers(members, self.model, learned)
         self.observers.start_steps = dict(members)
+        weights = ((layer.module, layer.quantizers.get("weight")) for layer in self.layers)
+        self._weights = WeightsTogether(
+            (module, quantizer)
+            for module, quantizer in weights
+            if type(quantizer) is FakeQuantize and quantizer.group_size is None and layers_.takes_a_weight(module)
+        )
         for member in (*members, *learned):
             member.observers = self.observers
 
@@ -777,20 +786,33 @@ class Quantizer(abc.ABC):
 
     def _training_forward(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.save_levels:
-            return forward(model, *args, **kwargs)
+            return self._with_weights(model, forward, args, kwargs)
         name = f"{type(self).__name__}: expected `save_levels` to be False"
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{name} in a compiled model, whose compiler decides what is saved")
         if any(tensor.device.type != "cpu" for tensor in self.model.parameters()):
             raise RuntimeError(f"{name} for a model that is not on the CPU; elsewhere the host would wait for it")
         if self.observers.saved_levels is not None or not saved_levels_.applies(torch.is_grad_enabled()):
-            return forward(model, *args, **kwargs)
+            return self._with_weights(model, forward, args, kwargs)
         saved = self.observers.saved_levels = saved_levels_.SavedLevels()
         try:
             with saved.saving():
-                return forward(model, *args, **kwargs)
+                return self._with_weights(model, forward, args, kwargs)
         finally:
             self.observers.saved_levels = None
+
+    def _with_weights(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The forward of the model, for which weights are quantized together."""
+        if torch.compiler.is_compiling():
+            return forward(model, *args, **kwargs)
+        completed = False
+        try:
+            self._weights.begin()
+            result = forward(model, *args, **kwargs)
+            completed = True
+        finally:
+            self._weights.end(completed)
+        return result
 
     def _report_what_never_ran(self) -> None:
         if self._training_forwards > _FORWARDS_BEFORE_THE_REPORT:

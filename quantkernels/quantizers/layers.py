@@ -17,9 +17,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from quantkernels.nn.batch_norm import DONE, FROZEN
 from quantkernels.quantizers.config import user_class
+from quantkernels.quantizers.together import READY
 
 WEIGHT, INPUT, OUTPUT, GRADIENT = "weight_quantizer", "input_quantizer", "output_quantizer", "gradient_quantizer"
 """Names of the children that a layer receives; they appear in the state_dict where they have state."""
@@ -107,6 +109,11 @@ def instrument(module: nn.Module, quantizers: Mapping[str, nn.Module], fused: bo
     module.__class__ = quantized_class(float_class(module))
 
 
+def takes_a_weight(module: nn.Module) -> bool:
+    """Whether the quantized weight is an argument of what the class of `module` computes, and nothing but read."""
+    return _DIRECT.get(float_class(module).forward) in (_linear, _convolution)
+
+
 def put_stand_in(module: nn.Module, stand_in: Callable[..., Any] | None) -> None:
     """Makes a call of `module` one of `stand_in`, with `module` in front, unless that returns None.
 
@@ -149,28 +156,39 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        children = self._modules
+        state = vars(self)  # Module.__getattr__ makes self.x cost three times as much
+        children = state["_modules"]
+        if state["_fused"] and len(children) == 1 and state.get(DONE) is None and "_stand_in" not in state:
+            quantizer = children[OUTPUT]
+            return quantizer(*args, **kwargs) if _may_be_watched(quantizer) else quantizer.forward(*args, **kwargs)
         inputs = children.get(INPUT)
         if inputs is not None:
             args, kwargs = _quantized_arguments(inputs, args, kwargs)
-        if self._stand_in is not None:
-            result = self._stand_in(self, *args, **kwargs)
+        stand_in = state.get("_stand_in")
+        if stand_in is not None:
+            result = stand_in(self, *args, **kwargs)
             if result is not None:
                 return result
-        done = getattr(self, DONE)
+        done = state.get(DONE)
         if done is not None:
             setattr(self, DONE, None)
             if args and args[0] is done:
                 return done
         output = children.get(OUTPUT)
         weight = children.get(WEIGHT)
-        if output is not None and self._fused:
+        if output is not None and state["_fused"]:
             result, output = output(*args, **kwargs), None
         elif weight is None and not attention:
             result = _without_quantizers(cls, self, args, kwargs) if hides else cls.forward(self, *args, **kwargs)
         elif direct is not None:
-            fold = self._fold
-            quantized = weight(self.weight) if fold is None else fold(weight, self.weight)
+            parameter = state["_parameters"].get("weight")
+            if parameter is None:
+                parameter = self.weight
+            ready = None if torch.compiler.is_compiling() else state.get(READY)
+            quantized = None if ready is None else ready.take(weight, parameter)
+            if quantized is None:
+                fold = state.get("_fold")
+                quantized = weight(parameter) if fold is None else fold(weight, parameter)
             result = direct(self, quantized, *args, **kwargs)
         else:
             result = _with_quantized_weights(cls, self, args, kwargs, hides)
@@ -185,6 +203,18 @@ def quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
         setter = getattr(cls.weight, "fset", None)  # type: ignore[attr-defined]
         members["weight"] = property(functools.partial(_weight_in_call, cls), setter)
     return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+
+
+def _may_be_watched(module: nn.Module) -> bool:
+    """Whether a call of `module` does more than its forward: hooks, torch.jit.trace, torch.compile."""
+    state = vars(module)
+    own = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+    return bool(own or state["_backward_pre_hooks"] or torch.compiler.is_compiling() or _watched_everywhere())
+
+
+def _watched_everywhere() -> bool:
+    hooks: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return hooks or torch._C._get_tracing_state() is not None
 
 
 def map_result(quantizer: nn.Module, result: Any) -> Any:

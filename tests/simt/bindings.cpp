@@ -12,6 +12,7 @@
 #include "cuda/affine.cu"
 #include "cuda/batch_norm.cu"
 #include "cuda/dorefa.cu"
+#include "cuda/each.cu"
 #include "cuda/extrema.cu"
 #include "cuda/learned.cu"
 #include "cuda/ranges.cu"
@@ -78,6 +79,41 @@ void fake_quantize(int dtype, Pointer input, Pointer output, Pointer mask, View 
 void current_range(int dtype, Pointer input, View view, Pointer active, Pointer range) {
   run_job(RangeJob{
       static_cast<DType>(dtype), as<void>(input), {view[0], view[1], view[2]}, as<float>(active), as<float>(range)});
+}
+
+void fake_quantize_current_each(const std::vector<int>& dtypes, const std::vector<std::array<Pointer, 3>>& pointers,
+                                const std::vector<Pointer>& ranges, const std::vector<View>& views, int quant_min,
+                                int quant_max, bool symmetric) {
+  std::vector<CurrentJob> jobs;
+  for (size_t i = 0; i < dtypes.size(); ++i) {
+    const auto& [input, output, mask] = pointers[i];
+    const ChannelView view = {views[i][0], views[i][1], views[i][2]};
+    CurrentJob job{};
+    job.range = {static_cast<DType>(dtypes[i]), as<void>(input), view, nullptr, as<float>(ranges[i])};
+    job.quantization.dtype = job.range.dtype;
+    job.quantization.input = job.range.input;
+    job.quantization.output = as<void>(output);
+    job.quantization.mask = as<uint8_t>(mask);
+    job.quantization.view = view;
+    job.quantization.range = job.range.range;
+    job.quantization.symmetric = symmetric;
+    job.quantization.quant_min = quant_min;
+    job.quantization.quant_max = quant_max;
+    job.quantization.low = -INFINITY;
+    job.quantization.high = INFINITY;
+    jobs.push_back(job);
+  }
+  run_job(CurrentJobs{jobs.data(), static_cast<int64_t>(jobs.size())});
+}
+
+void straight_through_each(const std::vector<int64_t>& element_sizes,
+                           const std::vector<std::array<Pointer, 3>>& pointers, const std::vector<int64_t>& numels) {
+  std::vector<StraightThroughJob> jobs;
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const auto& [grad_output, mask, grad_input] = pointers[i];
+    jobs.push_back({element_sizes[i], as<void>(grad_output), as<uint8_t>(mask), as<void>(grad_input), numels[i]});
+  }
+  run_job(StraightThroughJobs{jobs.data(), static_cast<int64_t>(jobs.size())});
 }
 
 void begin_step(const std::vector<std::array<Pointer, 3>>& pointers, const std::vector<int64_t>& channels,
@@ -231,6 +267,8 @@ PYBIND11_MODULE(bindings, module) {
   bind_emulator(module);
   module.def("fake_quantize", &fake_quantize);
   module.def("current_range", &current_range);
+  module.def("fake_quantize_current_each", &fake_quantize_current_each);
+  module.def("straight_through_each", &straight_through_each);
   module.def("begin_step", &begin_step);
   module.def("end_step", &end_step);
   module.def("fake_quantize_number", &fake_quantize_number);

@@ -13,6 +13,7 @@
 #include "cuda/affine.cu"
 #include "cuda/batch_norm.cu"
 #include "cuda/dorefa.cu"
+#include "cuda/each.cu"
 #include "cuda/extrema.cu"
 #include "cuda/learned.cu"
 #include "cuda/ranges.cu"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkernels._ops import mask_offsets
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # numbered as in csrc/jobs.h
 _FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -175,6 +177,40 @@ class EmulatedOperators:
             current.data_ptr(),
         )
         return self._quantize(source, {"range": current}, quant_min, quant_max, symmetric, axis, None, None)
+
+    def fake_quantize_current_each(
+        self, inputs: list[Tensor], quant_min: int, quant_max: int, symmetric: bool, axis: int | None
+    ) -> tuple[list[Tensor], Tensor]:
+        sources = [_dense(input) for input in inputs]
+        outputs = [_poisoned(source) for source in sources]
+        offsets, size = mask_offsets(inputs)
+        mask = torch.full((size,), 0xA5, dtype=torch.uint8)
+        whole = [i for i, source in enumerate(sources) if source.numel() > 0]
+        views = [_view(sources[i], axis) for i in whole]
+        ranges = [torch.full((2, view[1]), math.nan) for view in views]
+        self.module.fake_quantize_current_each(
+            [_DTYPES.index(sources[i].dtype) for i in whole],
+            [(sources[i].data_ptr(), outputs[i].data_ptr(), mask.data_ptr() + offsets[i]) for i in whole],
+            [current.data_ptr() for current in ranges],
+            views,
+            quant_min,
+            quant_max,
+            symmetric,
+        )
+        return outputs, mask
+
+    def straight_through_each(
+        self, grad_outputs: list[Tensor], mask: Tensor, mask_offsets: list[int], memory_formats: list[int]
+    ) -> list[Tensor]:
+        sources = [g.contiguous(memory_format=_FORMATS[f]) for g, f in zip(grad_outputs, memory_formats, strict=True)]
+        grad_inputs = [_poisoned(source) for source in sources]
+        whole = [i for i, source in enumerate(sources) if source.numel() > 0]
+        self.module.straight_through_each(
+            [sources[i].element_size() for i in whole],
+            [(sources[i].data_ptr(), mask.data_ptr() + mask_offsets[i], grad_inputs[i].data_ptr()) for i in whole],
+            [sources[i].numel() for i in whole],
+        )
+        return grad_inputs
 
     def begin_step(
         self, ranges: list[Tensor], active: list[Tensor], pending: list[Tensor], step: Tensor, starts: list[int]
