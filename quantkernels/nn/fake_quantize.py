@@ -144,7 +144,8 @@ class FakeQuantize(nn.Module):
             state["has_run"] = True
             if state["training"] and state["enabled"] and not (state["dynamic"] or state["frozen"]):
                 observers = state["observers"]
-                if observers.in_step or observers.by_optimizer:  # all that a model's step needs of what is below
+                if (observers.in_step or observers.by_optimizer) and observers.saved_levels is None:
+                    # All that a model's step needs of what is below.
                     state["has_range"] = True
                     arguments = (state["active"], state["pending"], *state["_grid"])
                     return masked("observe_fake_quantize", input, state["inplace"], arguments)
