@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -26,6 +27,7 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 
 BLOCK_THREADS = 256  # kBlockThreads of csrc/cuda/storage.cuh
 _WARP_THREADS = 32
+_STRICT = ("-Werror=all-warnings", "-Xptxas=-Werror", "-Xcompiler=-Werror")
 _REGISTERS = 65536
 _REGISTERS_UNIT = 256  # registers are given to a warp in multiples of this
 _SHARED_UNIT = 128
@@ -152,8 +154,7 @@ def _compiled(source: Path, suffix: str, flags: list[str]) -> Path:
     if nvcc is None:
         raise RuntimeError("no nvcc found")
     base: list[str] = _setup_script().NVCC_FLAGS
-    strict = ["-Werror=all-warnings", "-Xptxas=-Werror", "-Xcompiler=-Werror"]
-    command = [str(nvcc), *base, *strict, *flags, str(source.relative_to(ROOT))]
+    command = [str(nvcc), *base, *_STRICT, *flags, str(source.relative_to(ROOT))]
     output = BUILD / _digest(*command) / f"{source.stem}.{suffix}"
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -163,10 +164,24 @@ def _compiled(source: Path, suffix: str, flags: list[str]) -> Path:
     return output
 
 
+def _built_objects(flags: list[str]) -> list[Path] | None:
+    """The objects of the library's own build, if it took these flags with warnings as errors and is up to date."""
+    folder = ROOT / "build" / "ninja"
+    script = folder / "build.ninja"
+    objects = [folder / f"{source.relative_to(ROOT)}.o" for source in SOURCES]
+    if not script.exists() or not all(path.exists() for path in objects):
+        return None
+    nvcc = next((line for line in script.read_text().splitlines() if "command" in line and "/nvcc " in line), "")
+    if not {*_setup_script().NVCC_FLAGS, *_STRICT, *flags} <= set(nvcc.split()):
+        return None
+    ninja = Path(importlib.import_module("ninja").BIN_DIR) / "ninja"
+    return objects if "no work to do" in _run(str(ninja), "-n", "-f", str(script)) else None
+
+
 def compile_objects() -> list[Path]:
     """Every CUDA source for every architecture. Raises RuntimeError with nvcc's output on any warning."""
     flags: list[str] = _setup_script().generate_code_flags(ARCHITECTURES)
-    return [_compiled(source, "o", [*flags, "-c"]) for source in SOURCES]
+    return _built_objects(flags) or [_compiled(source, "o", [*flags, "-c"]) for source in SOURCES]
 
 
 def compile_ptx() -> list[str]:
