@@ -11,6 +11,12 @@ from quantkernels._autograd import transforming
 from quantkernels._ops import MEMORY_FORMATS, fail, memory_format_index
 
 
+def check_axis(op: str, name: str, input: Tensor, axis: int) -> None:
+    """Raises IndexError, as torch does, for an axis that `input` has not."""
+    if not -input.dim() <= axis < input.dim():
+        fail(op, "axis", f"an axis of `{name}` with {input.dim()} dimensions", axis, IndexError)
+
+
 class Groups(NamedTuple):
     """The groups of a tensor along one dimension.
 
@@ -31,8 +37,7 @@ class Groups(NamedTuple):
         """The groups that a call asks for; raises for what is none."""
         if axis is None:
             fail(op, "axis", "the dimension that has groups", None, ValueError)
-        if not -input.dim() <= axis < input.dim():
-            fail(op, "axis", f"an axis of `input` with {input.dim()} dimensions", axis, ValueError)
+        check_axis(op, "input", input, axis)
         is_int = isinstance(group_size, int) and not isinstance(group_size, bool)
         if not is_int or group_size < 1:
             fail(op, "group_size", "an int, 1 or more", repr(group_size), ValueError if is_int else TypeError)

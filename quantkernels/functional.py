@@ -32,7 +32,7 @@ from quantkernels._autograd import (
     needs_grad,
     untraced,
 )
-from quantkernels._groups import Groups
+from quantkernels._groups import Groups, check_axis
 from quantkernels._ops import fail
 from quantkernels.grids import quant_range
 
@@ -164,7 +164,8 @@ def fake_quantize(
 
     Raises:
         RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
-        ValueError: `axis` or `group_size` makes no groups.
+        IndexError: `axis` is none of `input`.
+        ValueError: `group_size` makes no groups.
 
     Source: Jacob et al. 2018, arXiv 1712.05877; the ONNX QuantizeLinear specification.
     """
@@ -189,6 +190,8 @@ def fake_quantize(
     else:
         scale = _as_tensor("scale", scale, torch.float32, input)
         zero_point = _as_tensor("zero_point", zero_point, torch.int32, input)
+    if axis is not None:
+        check_axis("fake_quantize", "input", input, axis)
     low, high = operator_bounds(bounds)
     return masked("fake_quantize", input, inplace, (scale, zero_point, quant_min, quant_max, axis, low, high))
 
@@ -245,6 +248,8 @@ def fake_quantize_in_range(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
+    if axis is not None:
+        check_axis("fake_quantize_in_range", "input", input, axis)
     arguments = (observed_range, quant_min, quant_max, symmetric, axis, *operator_bounds(bounds))
     return masked("fake_quantize_in_range", input, inplace, arguments)
 
@@ -284,6 +289,8 @@ def observe_fake_quantize(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
+    if axis is not None:
+        check_axis("observe_fake_quantize", "input", input, axis)
     arguments = (active, pending, quant_min, quant_max, symmetric, axis, *operator_bounds(bounds))
     return masked("observe_fake_quantize", input, inplace, arguments)
 
@@ -317,11 +324,14 @@ def fake_quantize_current(
 
     Raises:
         RuntimeError: a wrong device, dtype, shape or value, named with what was expected.
-        ValueError: `axis` or `group_size` makes no groups.
+        IndexError: `axis` is none of `input`.
+        ValueError: `group_size` makes no groups.
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
     if group_size is None:
+        if axis is not None:
+            check_axis("fake_quantize_current", "input", input, axis)
         return masked("fake_quantize_current", input, False, (active, quant_min, quant_max, symmetric, axis))
     groups = Groups.of("fake_quantize_current", input, axis, group_size)
     arguments = (active, quant_min, quant_max, symmetric, 0)
@@ -357,6 +367,9 @@ def fake_quantize_current_each(
 
     Source: Jacob et al. 2018, arXiv 1712.05877, section 3.
     """
+    if axis is not None:
+        for index, input in enumerate(inputs):
+            check_axis("fake_quantize_current_each", f"inputs[{index}]", input, axis)
     return _autograd.current_each(inputs, (quant_min, quant_max, symmetric, axis))
 
 
@@ -411,6 +424,8 @@ def fake_quantize_learned(
     if quant_max < 1:
         fail(op, "quant_max", "at least 1", quant_max, ValueError)
     if group_size is None:
+        if axis is not None:
+            check_axis(op, "input", input, axis)
         return learned(input, scale, zero_point, LearnedGrid(quant_min, quant_max, axis, elements))
     groups = Groups.of(op, input, axis, group_size)
     scale = groups.per_group(op, "scale", scale, input)
@@ -480,6 +495,8 @@ def min_max(input: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     Returns:
         ``(min, max)``, each [1] or [input.shape[axis]], of the dtype of `input`. Not differentiable.
     """
+    if axis is not None:
+        check_axis("min_max", "input", input, axis)
     minimum, maximum = _raw.min_max(input.detach(), axis)
     return minimum, maximum
 

@@ -983,3 +983,22 @@ def test_results_do_not_depend_on_threads() -> None:
             assert torch.equal(one, two)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("axis", [2, -3])
+def test_an_axis_that_the_input_has_not_is_an_index_error(axis: int) -> None:
+    x, ends = torch.randn(2, 3), torch.zeros(2, 3)
+    calls = {
+        "fake_quantize": lambda: functional.fake_quantize(x, torch.ones(3), torch.zeros(3).int(), 0, 255, axis),
+        "fake_quantize_in_range": lambda: functional.fake_quantize_in_range(x, ends, 0, 255, axis=axis),
+        "observe_fake_quantize": lambda: functional.observe_fake_quantize(x, ends, ends.clone(), 0, 255, axis=axis),
+        "fake_quantize_current": lambda: functional.fake_quantize_current(x, 0, 255, axis=axis),
+        "fake_quantize_current_each": lambda: functional.fake_quantize_current_each([x], 0, 255, axis=axis),
+        "fake_quantize_learned": lambda: functional.fake_quantize_learned(
+            x, torch.ones(3), quant_min=-8, quant_max=7, axis=axis
+        ),
+        "min_max": lambda: functional.min_max(x, axis),
+    }
+    for op, call in calls.items():
+        with pytest.raises(IndexError, match=f"^{op}: expected `axis` to be an axis of `inputs?.*with 2 dimensions"):
+            call()

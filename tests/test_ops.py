@@ -339,7 +339,7 @@ def test_numbers_are_checked(kwargs: dict[str, Any], kind: type[Exception], expe
         ("current", {"group_size": 4}, ValueError, "`axis` to be the dimension that has groups", "None"),
         ("current", {"group_size": 0, "axis": 1}, ValueError, "`group_size` to be an int, 1 or more", "0"),
         ("current", {"group_size": 2.0, "axis": 1}, TypeError, "`group_size` to be an int, 1 or more", "2.0"),
-        ("current", {"group_size": 4, "axis": 2}, ValueError, "`axis` to be an axis of `input` with 2 dimensions", "2"),
+        ("current", {"group_size": 4, "axis": 2}, IndexError, "`axis` to be an axis of `input` with 2 dimensions", "2"),
         ("learned", {"group_size": 4, "axis": 1}, RuntimeError, "`scale` to be of shape [3, 2]", "[1]"),
         ("learned", {"quant_max": 0}, ValueError, "`quant_max` to be at least 1", "0"),
         ("learned", {"zero_point": torch.zeros(1).int()}, RuntimeError, "`zero_point` to be floating", "int32"),
