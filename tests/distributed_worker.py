@@ -94,6 +94,16 @@ def ddp_before_compress(rank: int) -> None:
         assert_equal_on_all_ranks(parameter.detach())
 
 
+def saved_levels(rank: int) -> None:
+    trained = []
+    for save_levels in (False, True):
+        model = network()
+        QAT_Quantizer(model, CONFIG, save_levels=save_levels).compress()
+        losses = train(DistributedDataParallel(model), model, rank)
+        trained.append([torch.tensor(losses), *(parameter.detach() for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
 def shard(model: nn.Sequential) -> None:
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -238,6 +248,7 @@ CASES: dict[str, Callable[[int], None]] = {
     for function in (
         ddp_after_compress,
         ddp_before_compress,
+        saved_levels,
         fsdp_in_either_order,
         resume_under_ddp,
         a_nan_on_one_rank_is_dropped_on_all,
