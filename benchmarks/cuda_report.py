@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,10 +64,12 @@ class Kernel:
     shared_bytes: int
     stack_bytes: int
     local_bytes: int
-    opcodes: tuple[str, ...]
+    opcodes: tuple[str, ...] | None  # None where it was not disassembled
 
     def count(self, pattern: str) -> int:
         """How many instructions have an opcode that fully matches the pattern."""
+        if self.opcodes is None:
+            raise ValueError(f"{self.name} was not disassembled for {self.architecture}")
         return sum(re.fullmatch(pattern, opcode) is not None for opcode in self.opcodes)
 
     @property
@@ -217,17 +219,18 @@ def _demangled(names: list[str]) -> dict[str, str]:
     return readable
 
 
-def kernels() -> list[Kernel]:
-    """Every kernel on every architecture."""
+def kernels(disassembled: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
+    """Every kernel on every architecture, those of the architectures `disassembled` with their instructions."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         raise RuntimeError("no cuobjdump found; run: pip install nvidia-cuda-cuobjdump")
     found: dict[tuple[str, str], Kernel] = {}
     for path in compile_objects():
         opcodes: dict[tuple[str, str], tuple[str, ...]] = {}
-        for architecture, name, text in _sections(_run(str(cuobjdump), "-sass", str(path))):
-            instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
-            opcodes[architecture, name] = tuple(instructions)
+        for wanted in disassembled:
+            for architecture, name, text in _sections(_run(str(cuobjdump), "-arch", wanted, "-sass", str(path))):
+                instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+                opcodes[architecture, name] = tuple(instructions)
         usage = list(_sections(_run(str(cuobjdump), "-res-usage", str(path))))
         readable = _demangled(sorted({name for _, name, _ in usage}))
         for architecture, name, text in usage:
@@ -239,7 +242,7 @@ def kernels() -> list[Kernel]:
                 used["SHARED"],
                 used["STACK"],
                 used["LOCAL"],
-                opcodes[architecture, name],
+                opcodes.get((architecture, name)),
             )
     return sorted(found.values(), key=lambda kernel: (kernel.name, ARCHITECTURES.index(kernel.architecture)))
 

@@ -25,6 +25,9 @@ LIMITS = (
     (re.compile(r"batch_norm_quantize_kernel<(double,|[\w ]+, \w+, \w+, true>)"), 48, 0.62),  # float64, or observed
     (ELEMENTWISE, 40, 0.75),
 )
+# The oldest, the one in most data centres, the newest: disassembling all seven takes a minute more. Registers, stack
+# and local memory are of all.
+DISASSEMBLED = ("sm_75", "sm_90", "sm_120")
 # The template argument after the storage type: the launcher has found the pointers aligned.
 ALIGNED = re.compile(r"<(\([\w:]+\)\d, )?[\w ]+, true\b")
 
@@ -46,8 +49,12 @@ def report() -> ModuleType:
 def kernels(report: ModuleType) -> list[Any]:
     if report.find_cuobjdump() is None:
         pytest.skip("no cuobjdump found")
-    found: list[Any] = report.kernels()
+    found: list[Any] = report.kernels(DISASSEMBLED)
     return found
+
+
+def disassembled(kernels: list[Any]) -> list[Any]:
+    return [kernel for kernel in kernels if kernel.opcodes is not None]
 
 
 @pytest.mark.slow
@@ -58,6 +65,7 @@ def test_compiles_for_every_architecture_without_a_warning_or_a_spill(report: Mo
 @pytest.mark.slow
 def test_every_kernel_exists_on_every_architecture(report: ModuleType, kernels: list[Any]) -> None:
     names = {kernel.name for kernel in kernels}
+    assert {k.architecture for k in disassembled(kernels)} == set(DISASSEMBLED)
     assert {(k.name, k.architecture) for k in kernels} == {(n, a) for n in names for a in report.ARCHITECTURES}
     assert sum(ELEMENTWISE.match(name) is not None for name in names) >= 90
 
@@ -66,12 +74,13 @@ def test_every_kernel_exists_on_every_architecture(report: ModuleType, kernels: 
 def test_no_kernel_uses_local_memory(kernels: list[Any]) -> None:
     for kernel in kernels:
         assert kernel.local_bytes == 0, kernel.name
+    for kernel in disassembled(kernels):
         assert kernel.count(r"(LDL|STL)\b.*") == 0, kernel.name
 
 
 @pytest.mark.slow
 def test_elementwise_kernels_have_128_bit_loads_and_stores(kernels: list[Any]) -> None:
-    aligned = [k for k in kernels if ELEMENTWISE.match(k.name) and ALIGNED.search(k.name)]
+    aligned = [k for k in disassembled(kernels) if ELEMENTWISE.match(k.name) and ALIGNED.search(k.name)]
     assert aligned
     for kernel in aligned:
         assert min(kernel.wide_loads, kernel.wide_stores) >= 1, (kernel.name, kernel.architecture)
@@ -117,6 +126,6 @@ def test_multiply_and_add_are_fused_only_where_the_source_says_so(report: Module
 
 @pytest.mark.slow
 def test_kernels_without_arithmetic_have_no_floating_point_instruction(kernels: list[Any]) -> None:
-    for kernel in kernels:
+    for kernel in disassembled(kernels):
         if "StraightThrough" in kernel.name:
             assert kernel.count(r"(FFMA|DFMA|FMUL|FADD|DMUL|DADD)\b.*") == 0, kernel.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -43,16 +44,22 @@ def assert_matches_reference(name: str, input: Tensor, *args: Any, **kwargs: Any
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("grid", cases.GRIDS, ids=str)
-@pytest.mark.parametrize("size", cases.SIZES)
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [*itertools.product(cases.SIZES, cases.GRIDS[2:4]), *itertools.product((33, 4097), cases.GRIDS)],
+    ids=str,
+)
 def test_fake_quantize_sizes(size: int, grid: tuple[float, int, int, int], dtype: torch.dtype) -> None:
     spread = min(grid[0] * (grid[3] - grid[2]) / 2, 1e35)
     assert_matches_reference("fake_quantize", cases.sample(size, dtype, spread=spread), *grid)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("bounds", cases.BOUNDS, ids=str)
-@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "bounds"),
+    [*itertools.product(cases.LAYOUTS, cases.BOUNDS[1:3]), *itertools.product(cases.LAYOUTS[:2], cases.BOUNDS)],
+    ids=str,
+)
 def test_fake_quantize_layouts(layout: cases.Layout, bounds: Any, dtype: torch.dtype) -> None:
     x = layout.make(dtype)
     assert_matches_reference("fake_quantize", x, 0.1, 20, 0, 63, bounds=bounds)
@@ -730,9 +737,8 @@ def test_a_fold_is_rounded_after_every_operation_and_finite() -> None:
         assert twins[0].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_observed_results_too_large_for_a_cache(dtype: torch.dtype) -> None:
-    x = cases.sample((2**25 // dtype.itemsize // 96 + 1, 96), dtype).nan_to_num(1.0, 2.0, 3.0)
+def test_observed_results_too_large_for_a_cache() -> None:
+    x = cases.sample((2**25 // 4 // 96 + 1, 96), torch.float32).nan_to_num(1.0, 2.0, 3.0)
     for axis in (None, 0, 1):
         rest = () if axis is None else (x.shape[axis],)
         active = torch.stack((torch.full(rest, -2.0), torch.full(rest, 3.0)))
@@ -943,9 +949,8 @@ def test_results_too_large_for_a_cache(dtype: torch.dtype) -> None:
             assert_same_bits(actual, expected.repeat(copies, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dorefa_gradients_too_large_for_a_cache(dtype: torch.dtype) -> None:
-    gradient = cases.sample((2**25 // dtype.itemsize // 96 + 1, 96), dtype).nan_to_num(1.0, 2.0, 3.0)
+def test_dorefa_gradients_too_large_for_a_cache() -> None:
+    gradient = cases.sample((2**25 // 4 // 96 + 1, 96), torch.float32).nan_to_num(1.0, 2.0, 3.0)
     results = []
     for module in (functional, reference):
         x = torch.zeros_like(gradient).requires_grad_()

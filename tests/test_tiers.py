@@ -20,13 +20,17 @@ def run(tier: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("file", ["test_functional.py", "test_batch_norm.py", "test_activation.py"])
+FILES = [
+    str(Path(__file__).with_name(name)) for name in ("test_functional.py", "test_batch_norm.py", "test_activation.py")
+]
+
+
 @pytest.mark.parametrize("tier", TIERS)
-def test_tier_against_the_reference(tier: str, file: str) -> None:
-    """The whole of a file again, in a process that runs on this tier."""
+def test_tier_against_the_reference(tier: str) -> None:
+    """The files again, in a process that runs on this tier, but for what takes the longest."""
     if tier == build_info()["cpu_tier"]:
-        pytest.skip("the tier of this process: the file itself covers it")
-    result = run(tier, "-m", "pytest", "-q", "-x", "-k", "not compile", str(Path(__file__).with_name(file)))
+        pytest.skip("the tier of this process: the files themselves cover it")
+    result = run(tier, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-k", "not compile and not too_large", *FILES)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
