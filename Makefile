@@ -20,12 +20,14 @@ dorefa: $(VENV)/.installed-examples quantkernels/_C.so
 
 # Two processes: the emulator's tests in one, the rest in the other, take about as long.
 TEST_PROCESSES ?= 2
+KERAS_TESTS := tests/test_tensorflow.py tests/test_keras.py
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 test: $(VENV)/.installed-dev quantkernels/_C.so
-	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(KERAS_TESTS:%=--ignore=%) $(PYTEST_ARGS)
 
 # One Keras backend a process.
 test-keras: $(VENV)/.installed-dev $(VENV)/.installed-keras quantkernels/_C.so
-	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -q tests/test_tensorflow.py tests/test_keras.py
+	KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=3 $(PYTEST) $(KERAS_TESTS)
 	KERAS_BACKEND=torch TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python -m pytest -q tests/test_keras.py
 	$(BIN)/python -m pytest -q tests/test_docs.py -k keras
 
