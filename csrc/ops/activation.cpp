@@ -69,9 +69,7 @@ Tensor activation_fake_quantize_backward(const Tensor& grad_output, const Tensor
   check_dtype(kOp, "grad_output", grad_output, input.dtype());
   check_dtype(kOp, "mask", mask, aoti_torch_dtype_uint8());
   check_same_shape(kOp, "grad_output", grad_output, input);
-  if (mask.dim() != 1 || mask.numel() != (input.numel() + 7) / 8) {
-    fail(kOp, "mask", "of shape [", (input.numel() + 7) / 8, "], but got ", shape_text(mask));
-  }
+  check_mask(kOp, mask, input);
   job.activation = check_activation(kOp, activation);
   const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
   const Dense x(input, layout);

@@ -206,9 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fake_quantize_backward(const Tenso
   }
   check_channel_axis(kOp, input);
   check_same_shape(kOp, "grad_output", grad_output, input);
-  if (mask.dim() != 1 || mask.numel() != (input.numel() + 7) / 8) {
-    fail(kOp, "mask", "of shape [", (input.numel() + 7) / 8, "], but got ", shape_text(mask));
-  }
+  check_mask(kOp, mask, input);
   check_channels(kOp, channels, input);
   const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
   const Dense x(input, layout);

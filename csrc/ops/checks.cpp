@@ -94,6 +94,13 @@ void check_same_shape(const char* op, const char* argument, const Tensor& tensor
   }
 }
 
+void check_mask(const char* op, const Tensor& mask, const Tensor& like) {
+  const int64_t bytes = mask_bytes(like);
+  if (mask.dim() != 1 || mask.numel() != bytes) {
+    fail(op, "mask", "of shape [", bytes, "], but got ", shape_text(mask));
+  }
+}
+
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor) {
   if (!tensor.is_contiguous()) fail(op, argument, "contiguous, but got other strides");
 }

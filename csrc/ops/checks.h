@@ -26,6 +26,8 @@ void check_numbers(const char* op, double scale, int64_t zero_point, int64_t qua
 // [2] (or [2, 1]) per tensor, [2, size of the axis] per channel; float32.
 void check_range(const char* op, const char* argument, const Tensor& range, int64_t channels);
 void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like);
+// One bit for each element of `like`.
+void check_mask(const char* op, const Tensor& mask, const Tensor& like);
 void check_contiguous(const char* op, const char* argument, const Tensor& tensor);
 
 }  // namespace qk::ops

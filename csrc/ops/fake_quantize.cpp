@@ -267,8 +267,6 @@ void check_length(const char* op, const char* argument, size_t length, size_t ex
 
 std::string indexed(const char* list, size_t index) { return std::string(list) + '[' + std::to_string(index) + ']'; }
 
-int64_t mask_bytes(const Tensor& tensor) { return (tensor.numel() + 7) / 8; }
-
 template <class Backend>
 std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, int64_t quant_min, int64_t quant_max,
                                                        bool symmetric, Axis axis) {
@@ -383,9 +381,7 @@ Tensor straight_through(const Tensor& grad_output, const Tensor& mask, int64_t m
   check_same_device(kOp, "mask", mask, grad_output);
   check_floating(kOp, "grad_output", grad_output);
   check_dtype(kOp, "mask", mask, aoti_torch_dtype_uint8());
-  if (mask.dim() != 1 || mask.numel() != (grad_output.numel() + 7) / 8) {
-    fail(kOp, "mask", "of shape [", (grad_output.numel() + 7) / 8, "], but got ", shape_text(mask));
-  }
+  check_mask(kOp, mask, grad_output);
   check_memory_format(kOp, "memory_format", memory_format, grad_output.dim());
   const Dense dense_mask(mask, Layout::kContiguous);
   PreparedGradient gradient(grad_output, static_cast<Layout>(memory_format), pointer<uint8_t>(*dense_mask));

@@ -33,7 +33,7 @@ class Dense {
 // dimensions of one element say nothing about memory, but torch takes [C, 1, 3, 3] for channels_last by them.
 Tensor empty_in_layout(const Tensor& like, Layout layout);
 
-// ceil(numel / 8) bytes on the device of `like`.
+// One bit for each element of `like`, on its device.
 Tensor empty_mask(const Tensor& like);
 
 // Where an operator with a mask reads and writes: dense tensors, prepared from whatever strides the caller has.

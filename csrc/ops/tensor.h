@@ -87,6 +87,9 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
   return empty_strided(like, &size, &stride, 1, dtype);
 }
 
+// Of a mask with one bit for each element.
+inline int64_t mask_bytes(const Tensor& tensor) { return (tensor.numel() + 7) / 8; }
+
 inline void copy_into(const Tensor& target, const Tensor& source) {
   check_torch(aoti_torch_copy_(target.get(), source.get(), 0));
 }
