@@ -60,6 +60,10 @@ void check_dtype(const char* op, const char* argument, const Tensor& tensor, int
   }
 }
 
+int32_t statistics_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
 std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis, const char* name) {
   if (!axis.has_value()) return axis;
   const int64_t dims = input.dim();

@@ -17,6 +17,8 @@ std::string shape_text(const Tensor& tensor);
 void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& input);
 DType check_floating(const char* op, const char* argument, const Tensor& tensor);
 void check_dtype(const char* op, const char* argument, const Tensor& tensor, int32_t expected);
+// Of statistics, sums and batch norm's parameters: float64 beside float64, and float32 beside every other dtype.
+int32_t statistics_dtype(DType dtype);
 // The axis counted from 0, or nothing for per tensor.
 std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis,
                                   const char* name = "input");

@@ -76,10 +76,6 @@ Prepared prepare(const Tensor& input, bool in_place) {
   return {Dense(input, layout), in_place ? Tensor() : empty_in_layout(input, layout), empty_mask(input), layout};
 }
 
-void write_back(const Prepared& prepared, const Tensor& input) {
-  if (prepared.source.is_copy()) copy_into(input, *prepared.source);
-}
-
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis) {
   if (!axis.has_value()) return {1, 1, tensor.numel()};
   ChannelView view = {1, 1, 1};

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "../jobs.h"
 #include "tensor.h"
@@ -48,8 +51,19 @@ struct Prepared {
 
 Prepared prepare(const Tensor& input, bool in_place);
 
-// In place on strides that are not dense, the result goes back through a copy.
-void write_back(const Prepared& prepared, const Tensor& input);
+// What a quantizer returns: its output and the mask, or in place the mask alone.
+template <bool kInPlace>
+using Quantized = std::conditional_t<kInPlace, Tensor, std::tuple<Tensor, Tensor>>;
+
+template <bool kInPlace>
+Quantized<kInPlace> results(Prepared prepared, const Tensor& input) {
+  if constexpr (kInPlace) {
+    if (prepared.source.is_copy()) copy_into(input, *prepared.source);
+    return std::move(prepared.mask);
+  } else {
+    return {std::move(prepared.fresh), std::move(prepared.mask)};
+  }
+}
 
 // How memory in `layout` splits around the axis; one channel without axis.
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis);

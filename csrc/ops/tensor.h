@@ -57,6 +57,14 @@ class Tensor {
   int32_t device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
   const void* const_data_ptr() const { return ask<const void*>(torch_get_const_data_ptr); }
   void* mutable_data_ptr() const { return ask<void*>(torch_get_mutable_data_ptr); }
+  template <class T>
+  const T* const_data() const {
+    return static_cast<const T*>(const_data_ptr());
+  }
+  template <class T>
+  T* mutable_data() const {
+    return static_cast<T*>(mutable_data_ptr());
+  }
 
  private:
   struct Delete {
