@@ -26,7 +26,10 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_l
 _SMALLEST_LEVEL = -(2**15)
 _LARGEST_LEVEL = 2**16 - 1
 
+_HOW_TO_BUILD = "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
+
 _library: Any = torch.library.Library("quantkernels", "DEF")  # type: ignore[no-untyped-call]
+_declared: list[str] = []
 
 
 def _load() -> None:
@@ -36,18 +39,52 @@ def _load() -> None:
         cause = str(error.__cause__ or error) if LIBRARY_PATH.exists() else f"{LIBRARY_PATH} does not exist"
         raise ImportError(
             f"quantkernels: the compiled library cannot be loaded with torch {torch.__version__}: {cause}. "
-            "It needs torch 2.10 or later. Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
+            f"It needs torch 2.10 or later. {_HOW_TO_BUILD}"
         ) from error
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    lacking = [
+        name
+        for name in _declared
+        if not any(has_kernel(f"quantkernels::{name}", key) for key in ("CPU", "CompositeExplicitAutograd"))
+    ]
+    if lacking:
+        raise ImportError(
+            f"quantkernels: {LIBRARY_PATH} is not of this version: it lacks {', '.join(lacking)}. {_HOW_TO_BUILD}"
+        )
 
 
 def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declares an operator and registers the decorated function as its fake implementation."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
+    _declared.append(name)
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.register_fake(f"quantkernels::{name}", fake, lib=_library)
         return fake
+
+    return register
+
+
+def _define_quantizer(name: str, arguments: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declares a quantizer, which returns (output, mask), and its form in place, which returns the mask.
+
+    The decorated function makes their checks: it takes the operator's name for the messages, and the arguments.
+    """
+    packet, dot, overload = name.partition(".")
+
+    def register(check: Callable[..., None]) -> Callable[..., None]:
+        @_define(f"{name}(Tensor input, {arguments}) -> (Tensor output, Tensor mask)")
+        def _(input: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+            check(packet, input, *rest, **named)
+            return _empty_like(input), _empty_mask(input)
+
+        @_define(f"{packet}_{dot}{overload}(Tensor(z!) input, {arguments}) -> Tensor mask")
+        def _(input: Tensor, *rest: Any, **named: Any) -> Tensor:
+            check(f"{packet}_", input, *rest, **named)
+            return _empty_mask(input)
+
+        return check
 
     return register
 
@@ -102,6 +139,20 @@ def _check_per_channel(op: str, argument: str, tensor: Tensor, channels: int | t
 def _check_range(op: str, argument: str, range: Tensor, channels: int | torch.SymInt) -> None:
     if range.numel() != 2 * channels or range.dim() == 0 or range.shape[0] != 2:
         fail(op, argument, f"of shape [2, {channels}] or, per tensor, [2]", _shape(range))
+
+
+def _check_same_shape(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.shape != like.shape:
+        fail(op, argument, f"of shape {_shape(like)}", _shape(tensor))
+
+
+def _mask_bytes(tensor: Tensor) -> int:
+    return (tensor.numel() + 7) // 8
+
+
+def _check_mask(op: str, mask: Tensor, like: Tensor) -> None:
+    if mask.dim() != 1 or mask.numel() != _mask_bytes(like):
+        fail(op, "mask", f"of shape [{_mask_bytes(like)}]", _shape(mask))
 
 
 def _check_contiguous(op: str, argument: str, tensor: Tensor) -> None:
@@ -192,7 +243,7 @@ def _empty_in_layout(like: Tensor, memory_format: int) -> Tensor:
 
 
 def _empty_mask(input: Tensor) -> Tensor:
-    return input.new_empty(((input.numel() + 7) // 8,), dtype=torch.uint8)
+    return input.new_empty((_mask_bytes(input),), dtype=torch.uint8)
 
 
 _BOUNDS = "float? low, float? high"
@@ -202,8 +253,9 @@ _OUTPUT = "(Tensor output, Tensor mask)"
 _OUTPUTS = "(Tensor[] outputs, Tensor mask)"
 
 
-@_define(f"fake_quantize(Tensor input, {_GIVEN}) -> {_OUTPUT}")
+@_define_quantizer("fake_quantize", _GIVEN)
 def _(
+    op: str,
     input: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -212,92 +264,44 @@ def _(
     axis: int | None,
     low: float | None,
     high: float | None,
-) -> tuple[Tensor, Tensor]:
-    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
-    _check_given("fake_quantize", input, scale, zero_point, axis, quantization)
-    return _empty_like(input), _empty_mask(input)
-
-
-@_define(f"fake_quantize_(Tensor(a!) input, {_GIVEN}) -> Tensor mask")
-def _(
-    input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    axis: int | None,
-    low: float | None,
-    high: float | None,
-) -> Tensor:
-    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
-    _check_given("fake_quantize_", input, scale, zero_point, axis, quantization)
-    return _empty_mask(input)
+) -> None:
+    _check_given(op, input, scale, zero_point, axis, _Quantization(quant_min, quant_max, low=low, high=high))
 
 
 _PER_TENSOR = f"Tensor scale, Tensor zero_point, {_GRID}"
 """Without an axis and an activation: a call costs 0.15 us for every argument."""
 
 
-@_define(f"fake_quantize.per_tensor(Tensor input, {_PER_TENSOR}) -> {_OUTPUT}")
-def _(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    _check_given("fake_quantize", input, scale, zero_point, None, _Quantization(quant_min, quant_max))
-    return _empty_like(input), _empty_mask(input)
+@_define_quantizer("fake_quantize.per_tensor", _PER_TENSOR)
+def _(op: str, input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> None:
+    _check_given(op, input, scale, zero_point, None, _Quantization(quant_min, quant_max))
 
 
-@_define(f"fake_quantize_.per_tensor(Tensor(a!) input, {_PER_TENSOR}) -> Tensor mask")
-def _(input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    _check_given("fake_quantize_", input, scale, zero_point, None, _Quantization(quant_min, quant_max))
-    return _empty_mask(input)
-
-
-def _check_numbers(op: str, input: Tensor, scale: float, zero_point: int, quantization: _Quantization) -> None:
+@_define_quantizer("fake_quantize.number", f"float scale, int zero_point, {_GRID}, {_BOUNDS}")
+def _(
+    op: str,
+    input: Tensor,
+    scale: float,
+    zero_point: int,
+    quant_min: int,
+    quant_max: int,
+    low: float | None,
+    high: float | None,
+) -> None:
     _check_floating(op, "input", input)
-    quantization.check(op)
-    quant_min, quant_max = quantization[:2]
+    _Quantization(quant_min, quant_max, low=low, high=high).check(op)
     if not 0.0 < scale < math.inf:
         fail(op, "scale", "a positive finite number or a tensor", f"{scale:g}")
     if not quant_min <= zero_point <= quant_max:
         fail(op, "zero_point", f"from quant_min = {quant_min} to quant_max = {quant_max}", zero_point)
 
 
-_NUMBERS = f"float scale, int zero_point, {_GRID}, {_BOUNDS}"
-
-
-@_define(f"fake_quantize.number(Tensor input, {_NUMBERS}) -> {_OUTPUT}")
-def _(
-    input: Tensor,
-    scale: float,
-    zero_point: int,
-    quant_min: int,
-    quant_max: int,
-    low: float | None,
-    high: float | None,
-) -> tuple[Tensor, Tensor]:
-    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
-    _check_numbers("fake_quantize", input, scale, zero_point, quantization)
-    return _empty_like(input), _empty_mask(input)
-
-
-@_define(f"fake_quantize_.number(Tensor(a!) input, {_NUMBERS}) -> Tensor mask")
-def _(
-    input: Tensor,
-    scale: float,
-    zero_point: int,
-    quant_min: int,
-    quant_max: int,
-    low: float | None,
-    high: float | None,
-) -> Tensor:
-    quantization = _Quantization(quant_min, quant_max, low=low, high=high)
-    _check_numbers("fake_quantize_", input, scale, zero_point, quantization)
-    return _empty_mask(input)
-
-
 _IN_RANGE = f"{_GRID}, bool symmetric, int? axis, {_BOUNDS}"
 
 
-@_define(f"fake_quantize_in_range(Tensor input, Tensor range, {_IN_RANGE}) -> {_OUTPUT}")
+@_define_quantizer("fake_quantize_in_range", f"Tensor range, {_IN_RANGE}")
 def _(
+    op: str,
     input: Tensor,
     range: Tensor,
     quant_min: int,
@@ -306,30 +310,14 @@ def _(
     axis: int | None,
     low: float | None,
     high: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
-    _check_in_range("fake_quantize_in_range", input, {"range": range}, axis, quantization)
-    return _empty_like(input), _empty_mask(input)
+    _check_in_range(op, input, {"range": range}, axis, quantization)
 
 
-@_define(f"fake_quantize_in_range_(Tensor(a!) input, Tensor range, {_IN_RANGE}) -> Tensor mask")
+@_define_quantizer("observe_fake_quantize", f"Tensor active, Tensor(a!) pending, {_IN_RANGE}")
 def _(
-    input: Tensor,
-    range: Tensor,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
-    axis: int | None,
-    low: float | None,
-    high: float | None,
-) -> Tensor:
-    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
-    _check_in_range("fake_quantize_in_range_", input, {"range": range}, axis, quantization)
-    return _empty_mask(input)
-
-
-@_define(f"observe_fake_quantize(Tensor input, Tensor active, Tensor(a!) pending, {_IN_RANGE}) -> {_OUTPUT}")
-def _(
+    op: str,
     input: Tensor,
     active: Tensor,
     pending: Tensor,
@@ -339,27 +327,9 @@ def _(
     axis: int | None,
     low: float | None,
     high: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
-    _check_in_range("observe_fake_quantize", input, {"active": active, "pending": pending}, axis, quantization)
-    return _empty_like(input), _empty_mask(input)
-
-
-@_define(f"observe_fake_quantize_(Tensor(a!) input, Tensor active, Tensor(b!) pending, {_IN_RANGE}) -> Tensor mask")
-def _(
-    input: Tensor,
-    active: Tensor,
-    pending: Tensor,
-    quant_min: int,
-    quant_max: int,
-    symmetric: bool,
-    axis: int | None,
-    low: float | None,
-    high: float | None,
-) -> Tensor:
-    quantization = _Quantization(quant_min, quant_max, symmetric, low, high)
-    _check_in_range("observe_fake_quantize_", input, {"active": active, "pending": pending}, axis, quantization)
-    return _empty_mask(input)
+    _check_in_range(op, input, {"active": active, "pending": pending}, axis, quantization)
 
 
 @_define(f"fake_quantize_current(Tensor input, Tensor? active, {_GRID}, bool symmetric, int? axis) -> {_OUTPUT}")
@@ -385,7 +355,7 @@ def mask_offsets(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
     offsets, end = [], 0
     for tensor in tensors:
         offsets.append(end)
-        end += (tensor.numel() + 7) // 8
+        end += _mask_bytes(tensor)
     return offsets, end
 
 
@@ -417,8 +387,7 @@ def _check_ranges(op: str, argument: str, tensors: Sequence[Tensor], ranges: Seq
         _check_dtype(op, name, tensor, torch.float32)
         if tensor.dim() == 0 or tensor.shape[0] != 2:
             fail(op, name, "of shape [2] or [2, channels]", _shape(tensor))
-        if tensor.shape != like.shape:
-            fail(op, name, f"of shape {_shape(like)}", _shape(tensor))
+        _check_same_shape(op, name, tensor, like)
         _check_contiguous(op, name, tensor)
 
 
@@ -499,8 +468,7 @@ def _(
     _check_same_device(op, "grad_output", grad_output, input)
     _check_given(op, input, scale, zero_point, axis, _Quantization(quant_min, quant_max))
     _check_dtype(op, "grad_output", grad_output, input.dtype)
-    if grad_output.shape != input.shape:
-        fail(op, "grad_output", f"of shape {_shape(input)}", _shape(grad_output))
+    _check_same_shape(op, "grad_output", grad_output, input)
     sums = input.new_empty((scale.numel(),), dtype=statistics_dtype(input.dtype))
     return _empty_like(input), sums, torch.empty_like(sums)
 
@@ -556,8 +524,7 @@ def _(grad_output: Tensor, mask: Tensor, memory_format: int) -> Tensor:
     _check_same_device(op, "mask", mask, grad_output)
     _check_floating(op, "grad_output", grad_output)
     _check_dtype(op, "mask", mask, torch.uint8)
-    if mask.dim() != 1 or mask.numel() != (grad_output.numel() + 7) // 8:
-        fail(op, "mask", f"of shape [{(grad_output.numel() + 7) // 8}]", _shape(mask))
+    _check_mask(op, mask, grad_output)
     _check_memory_format(op, "memory_format", memory_format, grad_output)
     return _empty_in_layout(grad_output, memory_format)
 
@@ -586,7 +553,7 @@ def _(
     for argument, numbers in (("mask_offsets", mask_offsets), ("memory_formats", memory_formats)):
         _check_length(op, argument, "numbers", numbers, grad_outputs)
     for index, grad_output in enumerate(grad_outputs):
-        last = mask.numel() - (grad_output.numel() + 7) // 8
+        last = mask.numel() - _mask_bytes(grad_output)
         if not 0 <= mask_offsets[index] <= last:
             fail(op, f"mask_offsets[{index}]", f"from 0 to {last}", mask_offsets[index])
         _check_memory_format(op, f"memory_formats[{index}]", memory_formats[index], grad_output)
@@ -627,25 +594,16 @@ def _(grad_output: Tensor, weight: Tensor, statistic: Tensor) -> Tensor:
     _check_floating(op, "weight", weight)
     _check_dtype(op, "grad_output", grad_output, weight.dtype)
     _check_dtype(op, "statistic", statistic, statistics_dtype(weight.dtype))
-    if grad_output.shape != weight.shape:
-        fail(op, "grad_output", f"of shape {_shape(weight)}", _shape(grad_output))
+    _check_same_shape(op, "grad_output", grad_output, weight)
     if statistic.numel() != 1:
         fail(op, "statistic", "of one element", _shape(statistic))
     return _empty_like(weight)
 
 
-@_define("dorefa_activation(Tensor input, int bits) -> (Tensor output, Tensor mask)")
-def _(input: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    _check_floating("dorefa_activation", "input", input)
-    _check_bits("dorefa_activation", bits)
-    return _empty_like(input), _empty_mask(input)
-
-
-@_define("dorefa_activation_(Tensor(a!) input, int bits) -> Tensor mask")
-def _(input: Tensor, bits: int) -> Tensor:
-    _check_floating("dorefa_activation_", "input", input)
-    _check_bits("dorefa_activation_", bits)
-    return _empty_mask(input)
+@_define_quantizer("dorefa_activation", "int bits")
+def _(op: str, input: Tensor, bits: int) -> None:
+    _check_floating(op, "input", input)
+    _check_bits(op, bits)
 
 
 @_define("dorefa_gradient(Tensor grad_output, Tensor(a!) rng_state, int bits, int stream) -> Tensor")
@@ -789,10 +747,8 @@ def _(
         _check_dtype(op, name, tensor, statistics_dtype(input.dtype))
     if input.dim() < 2:
         fail(op, "input", "of at least 2 dimensions", _shape(input))
-    if grad_output.shape != input.shape:
-        fail(op, "grad_output", f"of shape {_shape(input)}", _shape(grad_output))
-    if mask.dim() != 1 or mask.numel() != (input.numel() + 7) // 8:
-        fail(op, "mask", f"of shape [{(input.numel() + 7) // 8}]", _shape(mask))
+    _check_same_shape(op, "grad_output", grad_output, input)
+    _check_mask(op, mask, input)
     _check_channels(op, channels, input)
     return _empty_like(input), torch.empty_like(mean), torch.empty_like(mean)
 

@@ -1,5 +1,11 @@
 """The options and fixtures that all tests share."""
 
+import os
+
+# Before torch is loaded. OpenMP's threads wait for each other asleep and not spinning: where processes are more than
+# processors, as in `make test`, a spinning thread keeps the one that it waits for from running.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -1,55 +1,54 @@
-"""Puts other operators in the place of the library's, wherever these were looked up: the emulator's, or a GPU's."""
+"""Puts other kernels in the place of the library's for the CPU: the emulator's, or a GPU's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 
-from quantkernels import _activation, _autograd, functional
-
-Way = Callable[[Any], Callable[..., Any]]
-"""Makes of an operator (an OpOverload) what is to be called in its place."""
+Call = Callable[..., Any]
 
 
-class _Packet:
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.default = call
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.default(*arguments)
-
-
-class _Raw:
-    def __init__(self, way: Way) -> None:
-        self.way = way
-
-    def __getattr__(self, name: str) -> _Packet:
-        return _Packet(self.way(getattr(torch.ops.quantkernels, name).default))
+def operators(key: str) -> list[Any]:
+    """The operators (OpOverloads) with a kernel for the dispatch key `key`."""
+    registered = (name.partition("::") for name in torch._C._dispatch_get_registrations_for_dispatch_key(key))
+    names = [name.partition(".") for namespace, _, name in registered if namespace == "quantkernels"]
+    return [getattr(getattr(torch.ops.quantkernels, packet), overload or "default") for packet, _, overload in names]
 
 
-def install(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that `functional` calls, outside of transforms and torch.compile, goes by `way` from now on."""
-    ordinary = {
-        name: (
-            way(masked.operator.traced),
-            None if masked.in_place.traced is None else way(masked.in_place.traced),
-            masked.constants,
-            masked.mutated,
-        )
-        for name, masked in _autograd.MASKED.items()
-    }
-    monkeypatch.setattr(_autograd, "_ORDINARY", ordinary)
-    recorded = {name: (call, in_place, mutated) for name, (call, in_place, _, mutated) in ordinary.items()}
-    monkeypatch.setattr(_autograd, "_RECORDED", recorded)
-    learned = ("_GIVEN", "_LEARNED_BACKWARD")
-    each = ("_CURRENT_EACH", "_STRAIGHT_THROUGH_EACH")
-    for name in ("_STRAIGHT_THROUGH", *each, *learned, "_DOREFA_WEIGHT", "_DOREFA_WEIGHT_BACKWARD", "_DOREFA_GRADIENT"):
-        operator = getattr(_autograd, name)
-        call = way(operator.traced)
-        monkeypatch.setattr(_autograd, name, operator._replace(eager=call, recorded=call))
-    monkeypatch.setattr(functional, "_per_tensor", ordinary["fake_quantize_per_tensor"][0])
-    for module in (functional, _autograd, _activation):
-        monkeypatch.setattr(module, "_raw", _Raw(way))
+def emulated(operator: Any) -> Call:
+    """The operator on the emulated GPU, whose kernels have a dispatch key of their own and take tensors of the CPU."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+
+    def call(*arguments: Any) -> Any:
+        return operator.redispatch(keys, *arguments)
+
+    return call
+
+
+@contextmanager
+def kernels_in_place(key: str, way: Callable[[Any], Call]) -> Iterator[list[str]]:
+    """For operators that have a kernel for `key`, ``way(operator)`` in place of the CPU's; gives the names of those run."""
+    called: list[str] = []
+
+    def noted(operator: Any) -> Call:
+        name, call = operator._schema.name.partition("::")[2], way(operator)
+
+        def run(*arguments: Any) -> Any:
+            called.append(name)
+            return call(*arguments)
+
+        return run
+
+    library = torch.library.Library("quantkernels", "IMPL", "CPU")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # of kernels that are replaced
+            for operator in operators(key):
+                library.impl(operator, noted(operator))
+        yield called
+    finally:
+        library._destroy()

@@ -63,6 +63,31 @@ def test_a_call_of_torch_that_fails_says_why() -> None:
         functional.fake_quantize(torch.empty(1).expand(2**60), 0.1, 3, 0, 255)
 
 
+def test_a_library_of_another_version_says_what_it_lacks(tmp_path: Path) -> None:
+    package = tmp_path / "quantkernels"
+    shutil.copytree(ROOT / "quantkernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C.so").symlink_to(_ops.LIBRARY_PATH)
+    source = package / "_ops.py"
+    newer = source.read_text().replace(
+        '@_define("min_max(', '@_define("min_of_all(Tensor input) -> Tensor")\n@_define("min_max('
+    )
+    source.write_text(newer)
+    command = [sys.executable, "-c", "import quantkernels; quantkernels.functional"]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"ImportError: quantkernels: {package / '_C.so'} is not of this version: it lacks min_of_all. "
+        "Build it with `pip install --no-build-isolation .` (`-e .` in a checkout)."
+    )
+
+
 def test_the_stream_is_where_the_library_looks_for_it() -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is built without CUDA")

@@ -5,122 +5,50 @@ Not yet run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import cases
+import every_device
 import pytest
 import stand_in
 import torch
-from test_activation import test_any_layout as test_activation_any_layout  # noqa: F401
-from test_activation import test_equals_the_reference as test_activation_equals_the_reference  # noqa: F401
-from test_activation import (  # noqa: F401  collected here once more, with the operators on the GPU
-    test_gradient_is_torchs_where_it_passes_and_zero_elsewhere,
-    test_half_formats_are_computed_in_float32_and_rounded_once,
-    test_is_its_activation_and_the_quantizer_to_the_bit,
-)
-from test_activation import test_in_place as test_activation_in_place  # noqa: F401
-from test_batch_norm import (  # noqa: F401  collected here once more, with the operators on the GPU
-    Call,
-    memory_formats,
-    normal,
-    test_any_strides,
-    test_equals_the_reference,
-    test_gradients_of_another_layout,
-    test_half_results_saturate,
-    test_statistics_are_within_four_ulp_of_float64,
-    test_what_is_not_finite_shows,
-    test_what_is_optional_may_be_missing,
-    test_without_quantization_equals_torch_in_float64,
-)
-from test_functional import (  # noqa: F401  collected here once more, with the operators on the GPU
-    assert_same_bits,
-    empty_pending,
-    test_a_fold_is_rounded_after_every_operation_and_finite,
-    test_a_range_without_a_grid_passes_the_clamped_input,
-    test_a_spread_that_overflows_gives_finite_results,
-    test_dorefa_activation,
-    test_dorefa_gradient,
-    test_dorefa_gradient_noise_follows_the_logical_index,
-    test_dorefa_gradient_shows_what_is_not_finite,
-    test_dorefa_weight,
-    test_dorefa_weight_of_zeros,
-    test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
-    test_dorefa_weight_shows_what_is_not_finite,
-    test_fake_quantize_current,
-    test_fake_quantize_current_each,
-    test_fake_quantize_current_layouts,
-    test_fake_quantize_current_per_group,
-    test_fake_quantize_every_half,
-    test_fake_quantize_in_range,
-    test_fake_quantize_layouts,
-    test_fake_quantize_learned,
-    test_fake_quantize_learned_known_answers,
-    test_fake_quantize_learned_per_group,
-    test_fake_quantize_learned_saturates_infinities_and_shows_nan,
-    test_fake_quantize_next_to_ties,
-    test_fake_quantize_per_channel,
-    test_fake_quantize_per_channel_next_to_the_ends_of_the_grid,
-    test_fake_quantize_per_channel_with_a_scale_out_of_range,
-    test_fake_quantize_per_channel_with_mixed_modes,
-    test_fake_quantize_per_group,
-    test_fake_quantize_random_scales_next_to_ties,
-    test_fake_quantize_sizes,
-    test_gradient_in_another_layout_than_the_input,
-    test_in_place,
-    test_in_place_on_strides_that_are_not_dense,
-    test_min_max_finds_a_nan_anywhere_and_no_other,
-    test_min_max_layouts,
-    test_min_max_per_channel,
-    test_observe_finds_a_nan_anywhere,
-    test_observe_in_place,
-    test_observe_layouts,
-    test_observe_per_channel,
-    test_observe_sequences,
-    test_observe_sizes,
-    test_observe_widens_what_is_pending,
-    test_steps_of_many_quantizers,
-)
+from every_device import *  # noqa: F403
+from test_batch_norm import Call, memory_formats, normal
+from test_functional import assert_same_bits, empty_pending
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 import quantkernels
 from quantkernels import functional, reference
 
 
-class OperatorsOnGpu:
-    """Stands in for ``torch.ops.quantkernels``: copies tensors to the GPU, results and mutated arguments back."""
+def on_gpu(operator: Any) -> stand_in.Call:
+    """Copies tensors to the GPU, results and mutated arguments back."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def call(*arguments: Any) -> Any:
+        copies = tree_map_only(Tensor, Tensor.cuda, arguments)
+        results = operator(*copies)
+        for schema, argument, copy in zip(operator._schema.arguments, arguments, copies, strict=True):
+            if schema.alias_info is not None and schema.alias_info.is_write:
+                tree_map(lambda tensor, moved: tensor.data.copy_(moved), argument, copy)
+        return tree_map_only(Tensor, Tensor.cpu, results)
 
-    def on_gpu(self, operator: Any) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.calls += 1
-            copies = tree_map_only(Tensor, Tensor.cuda, arguments)
-            results = operator(*copies)
-            for schema, argument, copy in zip(operator._schema.arguments, arguments, copies, strict=True):
-                if schema.alias_info is not None and schema.alias_info.is_write:
-                    tree_map_only(Tensor, Tensor.copy_, argument, copy)
-            return tree_map_only(Tensor, Tensor.cpu, results)
-
-        return call
+    return call
 
 
 @pytest.fixture(autouse=True)
-def on_gpu(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def run_on_gpu(device: torch.device, request: pytest.FixtureRequest) -> Iterator[None]:
     if device.type != "cuda":
         pytest.skip("run with --device cuda")
-    if request.function.__module__ not in ("test_functional", "test_batch_norm", "test_activation"):
+    if request.function.__module__ not in every_device.MODULES:
         yield
         torch.cuda.synchronize()
         return
-    operators = OperatorsOnGpu()
-    stand_in.install(operators.on_gpu, monkeypatch)
-    yield
-    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    assert operators.calls > 0 or parameters.get("bits") == 32, "no operator ran on the GPU, and 32 bits need none"
+    with stand_in.kernels_in_place("CUDA", on_gpu) as called:
+        yield
+    assert called or every_device.runs_no_kernel(request), "no operator ran on the GPU"
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -1,91 +1,28 @@
-"""The CUDA kernels and launchers, under the SIMT emulator, on the cases of the CPU kernels, bit for bit."""
+"""The CUDA kernels, and the operators that launch them, under the SIMT emulator, bit for bit."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import cases
+import every_device
 import pytest
 import stand_in
 import torch
+from every_device import *  # noqa: F403
 from simt import toolchain
-from simt.operators import EmulatedOperators
-from test_activation import (  # noqa: F401  collected here once more, on the emulated operators
-    ACTIVE,
-    GRIDS,
-    test_gradient_is_torchs_where_it_passes_and_zero_elsewhere,
-    test_half_formats_are_computed_in_float32_and_rounded_once,
-    test_is_its_activation_and_the_quantizer_to_the_bit,
-)
-from test_activation import test_any_layout as test_activation_any_layout  # noqa: F401
-from test_activation import test_equals_the_reference as test_activation_equals_the_reference  # noqa: F401
-from test_activation import test_in_place as test_activation_in_place  # noqa: F401
-from test_batch_norm import (  # noqa: F401  collected here once more, on the emulated operators
-    Call,
-    memory_formats,
-    normal,
-    test_any_strides,
-    test_equals_the_reference,
-    test_gradients_of_another_layout,
-    test_half_results_saturate,
-    test_statistics_are_within_four_ulp_of_float64,
-    test_versions_of_what_is_written_to_move,
-    test_what_is_not_finite_shows,
-    test_what_is_optional_may_be_missing,
-    test_without_quantization_equals_torch_in_float64,
-)
-from test_functional import (  # noqa: F401  collected here once more, on the emulated operators
+from test_activation import ACTIVE, GRIDS
+from test_batch_norm import Call, memory_formats, normal
+from test_functional import (
     assert_matches_reference,
     assert_same_bits,
     observe_twins,
-    test_a_fold_is_rounded_after_every_operation_and_finite,
-    test_a_range_without_a_grid_passes_the_clamped_input,
-    test_a_spread_that_overflows_gives_finite_results,
-    test_dorefa_activation,
     test_dorefa_gradient,
-    test_dorefa_gradient_noise_follows_the_logical_index,
-    test_dorefa_gradient_shows_what_is_not_finite,
     test_dorefa_weight,
-    test_dorefa_weight_of_zeros,
-    test_dorefa_weight_shares_the_gradient_of_the_maximum_among_ties,
-    test_dorefa_weight_shows_what_is_not_finite,
-    test_fake_quantize_current,
-    test_fake_quantize_current_each,
-    test_fake_quantize_current_layouts,
-    test_fake_quantize_current_per_group,
-    test_fake_quantize_every_half,
-    test_fake_quantize_in_range,
-    test_fake_quantize_layouts,
-    test_fake_quantize_learned,
-    test_fake_quantize_learned_known_answers,
-    test_fake_quantize_learned_per_group,
-    test_fake_quantize_learned_saturates_infinities_and_shows_nan,
-    test_fake_quantize_next_to_ties,
-    test_fake_quantize_per_channel,
-    test_fake_quantize_per_channel_next_to_the_ends_of_the_grid,
-    test_fake_quantize_per_channel_with_a_scale_out_of_range,
-    test_fake_quantize_per_channel_with_mixed_modes,
-    test_fake_quantize_per_group,
-    test_fake_quantize_random_scales_next_to_ties,
-    test_fake_quantize_sizes,
-    test_gradient_in_another_layout_than_the_input,
-    test_in_place,
-    test_in_place_on_strides_that_are_not_dense,
-    test_min_max_finds_a_nan_anywhere_and_no_other,
-    test_min_max_layouts,
-    test_min_max_per_channel,
-    test_observe_finds_a_nan_anywhere,
-    test_observe_in_place,
-    test_observe_layouts,
-    test_observe_per_channel,
-    test_observe_sequences,
-    test_observe_sizes,
-    test_observe_widens_what_is_pending,
-    test_steps_of_many_quantizers,
 )
 from torch import Tensor
 
@@ -93,94 +30,46 @@ from quantkernels import functional, reference
 from quantkernels._activation import ACTIVATIONS
 
 
+class _Emulated:
+    """The emulated operators, beside ``torch.ops.quantkernels``."""
+
+    def __getattr__(self, name: str) -> stand_in.Call:
+        return stand_in.emulated(getattr(torch.ops.quantkernels, name).default)
+
+
+EMULATED = _Emulated()
+
+
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
+    """The emulated operators, under a dispatch key of their own."""
     reason = toolchain.missing_runtime(toolchain.PLAIN)
     if reason is not None:
         pytest.skip(reason)
-    return toolchain.build_module(toolchain.SIMT / "bindings.cpp")
+    return toolchain.build_operators()
+
+
+@pytest.fixture
+def emulator(kernels: ModuleType, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The emulated operators in the place of the CPU's; no test may pass because it ran on those."""
+    kernels.configure()
+    with stand_in.kernels_in_place("PrivateUse1", stand_in.emulated) as called:
+        yield kernels
+    kernels.configure()
+    assert called or every_device.runs_no_kernel(request)
 
 
 @pytest.fixture(autouse=True)
-def emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    kernels.configure()
-    install(EmulatedOperators(kernels), monkeypatch)
-    yield
-    kernels.configure()
+def shared_tests_are_emulated(request: pytest.FixtureRequest) -> None:
+    if request.function.__module__ in every_device.MODULES:
+        request.getfixturevalue("emulator")
 
 
-def install(operators: EmulatedOperators, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts `operators` in the place of ``torch.ops.quantkernels``."""
-
-    def emulated(operator: Any) -> Callable[..., Any]:
-        name = operator._schema.name.partition("::")[2]
-        overload = operator._schema.overload_name
-        if overload:
-            name = f"{name.rstrip('_')}_{overload}" + "_" * name.endswith("_")
-        function: Callable[..., Any] = getattr(operators, name)
-        return function
-
-    stand_in.install(emulated, monkeypatch)
-
-
-class Recorder:
-    """Notes which launchers are called."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self.module = module
-        self.called: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        self.called.append(name)
-        return getattr(self.module, name)
-
-
-def test_every_operator_is_emulated(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test of this file may pass because it ran on the CPU kernels."""
-    scale, zero_point = torch.full((1,), 0.1), torch.tensor([3], dtype=torch.int32)
-    active, pending = torch.tensor([-1.0, 1.0]), torch.tensor([math.inf, -math.inf])
-    rng_state = torch.tensor([1, 0])
-
-    def norm(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return functional.batch_norm_fake_quantize(x.view(10, 4), *arguments, **options)
-
-    masked = ["fake_quantize", "straight_through"]
-    normed = ["batch_norm", "batch_norm_backward"]
-    statistics = torch.zeros(4), torch.ones(4)
-    calls: list[tuple[Callable[[Tensor], Tensor], list[str]]] = [
-        (lambda x: functional.fake_quantize(x, scale, zero_point, 0, 15), masked),
-        (lambda x: functional.fake_quantize(x, 0.1, 3, 0, 15), ["fake_quantize_number", "straight_through"]),
-        (lambda x: functional.fake_quantize_in_range(x, active, 0, 15), masked),
-        (lambda x: functional.observe_fake_quantize(x, active, pending, 0, 15), masked),
-        (lambda x: functional.fake_quantize_current(x, 0, 15), ["current_range", *masked]),
-        (
-            lambda x: functional.fake_quantize_learned(x, scale, quant_min=0, quant_max=15),
-            ["fake_quantize", "fake_quantize_learned_backward"],
-        ),
-        (lambda x: functional.min_max(x)[0], ["min_max"]),
-        (lambda x: functional.dorefa_weight(x, 4), ["dorefa_weight", "dorefa_weight_backward"]),
-        (lambda x: functional.dorefa_weight(x, 1), ["dorefa_weight"]),
-        (lambda x: functional.dorefa_activation(x, 4), ["dorefa_activation", "straight_through"]),
-        (lambda x: functional.dorefa_gradient(x, rng_state, 4), ["dorefa_gradient"]),
-        (lambda x: norm(x, None, None, None, None, active, pending, 0, 15), normed),
-        (lambda x: norm(x, *statistics, None, None, active, None, 0, 15, training=False), normed),
-        (
-            lambda x: functional.activation_fake_quantize(x, "gelu", active, pending, 0, 15),
-            ["activation_fake_quantize", "activation_fake_quantize_backward"],
-        ),
-    ]
-    recorder = Recorder(kernels)
-    install(EmulatedOperators(recorder), monkeypatch)  # type: ignore[arg-type]
-    for function, launchers in calls:
-        recorder.called.clear()
-        y = function(torch.linspace(-1, 1, 40).requires_grad_())
-        if y.requires_grad:
-            y.sum().backward()
-        assert recorder.called == launchers
-    recorder.called.clear()
-    functional.begin_step([active], [active.clone()], [pending], torch.tensor(0), [0])
-    functional.end_step([active], [pending], [0.1], torch.tensor(0))
-    assert recorder.called == ["begin_step", "end_step"]
+def test_every_cuda_operator_is_emulated(kernels: ModuleType) -> None:
+    """All but the two that are the CPU's alone (csrc/ops/levels.cpp)."""
+    on_cpu, emulated = ({str(op) for op in stand_in.operators(key)} for key in ("CPU", "PrivateUse1"))
+    assert on_cpu - emulated == {"quantkernels.pack_levels.default", "quantkernels.unpack_levels.default"}
+    assert emulated < on_cpu
 
 
 ORDERS = (("forward", 1), ("reverse", 2), ("random", 3))
@@ -188,9 +77,9 @@ ORDERS = (("forward", 1), ("reverse", 2), ("random", 3))
 
 @pytest.mark.parametrize(("order", "concurrent_blocks"), ORDERS)
 @pytest.mark.parametrize("seed", range(3))
-def test_every_order_gives_the_same(kernels: ModuleType, order: str, concurrent_blocks: int, seed: int) -> None:
+def test_every_order_gives_the_same(emulator: ModuleType, order: str, concurrent_blocks: int, seed: int) -> None:
     for blocks in (1, 2):
-        kernels.configure(order, seed, concurrent_blocks, 2, blocks)
+        emulator.configure(order, seed, concurrent_blocks, 2, blocks)
         for dtype in (torch.float32, torch.bfloat16):
             for shape, axis in (
                 ((30_011,), None),
@@ -213,11 +102,11 @@ def test_every_order_gives_the_same(kernels: ModuleType, order: str, concurrent_
         test_dorefa_weight(3, torch.float32)
 
 
-def test_results_do_not_depend_on_the_grid(kernels: ModuleType) -> None:
+def test_results_do_not_depend_on_the_grid(emulator: ModuleType) -> None:
     weight = torch.randn(100_003, generator=torch.Generator().manual_seed(0))
     results = []
     for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
-        kernels.configure(order, 1, blocks, 2, blocks)
+        emulator.configure(order, 1, blocks, 2, blocks)
         scale = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
         y = functional.fake_quantize_learned(weight[:-1].view(3, -1), scale, quant_min=-8, quant_max=7, axis=0)
         outputs = [*torch.autograd.grad(y, scale, weight[:-1].view(3, -1).cos())]
@@ -239,19 +128,20 @@ BATCH_NORM_SHAPES = ((40, 300), (4200, 12), (3, 5, 7, 7), (6, 3, 40, 40), (1500,
 @pytest.mark.parametrize("shape", BATCH_NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 def test_batch_norm_depends_on_neither_grid_nor_order(
-    kernels: ModuleType, shape: tuple[int, ...], training: bool
+    emulator: ModuleType, shape: tuple[int, ...], training: bool
 ) -> None:
     for memory_format in memory_formats(shape):
         call = Call.of(normal(shape).contiguous(memory_format=memory_format))
         results = []
         for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
-            kernels.configure(order, 1, blocks, 2, blocks)
+            emulator.configure(order, 1, blocks, 2, blocks)
             results.append(call.run(functional, training=training, bounds=(0.0, 6.0)))
         for other in results[1:]:
             for name, expected in results[0].items():
                 assert torch.equal(other[name], expected), name
 
 
+@pytest.mark.usefixtures("emulator")
 def test_batch_norm_depends_on_no_alignment() -> None:
     for shape in ((7, 5, 3, 16), (3, 3, 40, 40)):
         for dtype in cases.DTYPES:
@@ -262,6 +152,7 @@ def test_batch_norm_depends_on_no_alignment() -> None:
                 assert torch.equal(results[1][name], expected), name
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("shape", BATCH_NORM_SHAPES, ids=str)
 def test_batch_norm_equals_the_cpu_where_the_statistics_do(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -272,7 +163,7 @@ def test_batch_norm_equals_the_cpu_where_the_statistics_do(shape: tuple[int, ...
         numbers = (0.1, 1e-5, 0, 255, False, 0.0, 6.0)
         cpu, emulated = (
             operators.batch_norm_fake_quantize(*channels, pending, *numbers)
-            for operators, pending in ((torch.ops.quantkernels, None), (functional._raw, torch.zeros(2)))
+            for operators, pending in ((torch.ops.quantkernels, None), (EMULATED, torch.zeros(2)))
         )
         same = (cpu[2] == emulated[2]) & (cpu[3] == emulated[3])
         if dtype != torch.float64:
@@ -281,12 +172,13 @@ def test_batch_norm_equals_the_cpu_where_the_statistics_do(shape: tuple[int, ...
         gradient = normal(shape, dtype, seed=5).contiguous(memory_format=memory_format)
         saved = (cpu[1], call.weight, cpu[2], cpu[3])
         expected = torch.ops.quantkernels.batch_norm_fake_quantize_backward(gradient, call.input, *saved, True)
-        actual = functional._raw.batch_norm_fake_quantize_backward(gradient, call.input, *saved, True)
+        actual = EMULATED.batch_norm_fake_quantize_backward(gradient, call.input, *saved, True)
         assert torch.equal(actual[0], expected[0])
         if bool(same.all()):
             assert torch.equal(cpu[1], emulated[1])
 
 
+@pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 0), (4, 0)], ids=str)
 def test_batch_norm_of_no_elements(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -294,7 +186,7 @@ def test_batch_norm_of_no_elements(shape: tuple[int, ...], dtype: torch.dtype) -
     x, active, pending = torch.empty(shape, dtype=dtype), torch.tensor([-1.0, 2.5]), torch.zeros(2)
     mean, var = (torch.full((shape[1],), v, dtype=torch.promote_types(dtype, torch.float32)) for v in (0.5, 4.0))
     numbers = (0.0, 0, 255, False, None, None)
-    raw = functional._raw
+    raw = torch.ops.quantkernels
     output, mask, *saved = raw.frozen_batch_norm_fake_quantize(x, None, None, mean, var, active, pending, *numbers)
     assert output.shape == shape
     assert [s.tolist() for s in saved] == [[0.5] * shape[1]] * 2
@@ -313,6 +205,7 @@ def activation_results(
     return [output, mask, pending, operators.activation_fake_quantize_backward(gradient, x, mask, index)]
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_equal_the_cpu_to_the_bit(activation: str, dtype: torch.dtype) -> None:
@@ -322,35 +215,36 @@ def test_activations_equal_the_cpu_to_the_bit(activation: str, dtype: torch.dtyp
         for active, grid in itertools.product((ACTIVE, (0.0, 0.0)), GRIDS):
             results = [
                 activation_results(operators, x, activation, active, grid)
-                for operators in (torch.ops.quantkernels, functional._raw)
+                for operators in (torch.ops.quantkernels, EMULATED)
             ]
             for expected, actual in zip(*results, strict=True):
                 assert_same_bits(actual, expected)
                 assert torch.equal(actual.signbit() & ~actual.isnan(), expected.signbit() & ~expected.isnan())
 
 
-def test_activations_depend_on_neither_grid_nor_order(kernels: ModuleType) -> None:
+def test_activations_depend_on_neither_grid_nor_order(emulator: ModuleType) -> None:
     x = cases.sample(70_001, torch.float32).nan_to_num(0.5, 2.0, -2.0)
     results = []
     for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
-        kernels.configure(order, 1, blocks, 2, blocks)
-        results.append(activation_results(functional._raw, x, "silu", ACTIVE, GRIDS[0]))
+        emulator.configure(order, 1, blocks, 2, blocks)
+        results.append(activation_results(torch.ops.quantkernels, x, "silu", ACTIVE, GRIDS[0]))
     for other in results[1:]:
         for actual, expected in zip(other, results[0], strict=True):
             assert_same_bits(actual, expected)
 
 
-def test_cuda_is_asked_once_per_kernel_and_device(kernels: ModuleType) -> None:
+def test_cuda_is_asked_once_per_kernel_and_device(emulator: ModuleType) -> None:
     x = cases.sample(5000, torch.float32)
     asked = []
     for multiprocessors in (17, 17, 19, 17):  # no other test has these devices
-        kernels.configure(multiprocessors=multiprocessors)
+        emulator.configure(multiprocessors=multiprocessors)
         functional.fake_quantize(x, 0.1, 3, 0, 255)
         functional.fake_quantize(x.double(), 0.1, 3, 0, 255)
-        asked.append(kernels.occupancy_queries())
+        asked.append(emulator.occupancy_queries())
     assert [after - before for before, after in itertools.pairwise(asked)] == [0, 2, 0]
 
 
+@pytest.mark.usefixtures("emulator")
 def test_more_channels_than_a_block_has_threads() -> None:
     for shape, axis in (((700, 9), 0), ((4, 300, 7), 1), ((5, 1000), 1)):
         scale, zero_point = cases.channel_parameters(shape[axis], 0, 15)
@@ -372,7 +266,7 @@ def test_no_detector_finds_anything(flavour: toolchain.Flavour, arguments: tuple
     reason = toolchain.missing_runtime(flavour)
     if reason is not None:
         pytest.skip(reason)
-    program = toolchain.build_executable(toolchain.SIMT / "kernels_sweep.cpp", flavour)
+    program = toolchain.build_executable((toolchain.SIMT / "kernels_sweep.cpp", *toolchain.KERNELS), flavour)
     result = toolchain.run(program, *arguments, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout == "ok\n"

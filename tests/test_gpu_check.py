@@ -13,10 +13,9 @@ from typing import Any
 
 import launch_paths
 import pytest
+import stand_in
 import torch
 from simt import toolchain
-from simt.operators import EmulatedOperators
-from test_cuda_emulated import install
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import gpu
@@ -33,16 +32,16 @@ def kernels() -> ModuleType:
     reason = toolchain.missing_runtime(toolchain.PLAIN)
     if reason is not None:
         pytest.skip(reason)
-    return toolchain.build_module(toolchain.SIMT / "bindings.cpp")
+    return toolchain.build_operators()
 
 
-def test_launch_paths_reach_every_kernel(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_paths_reach_every_kernel(kernels: ModuleType) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     kernels.configure(multiprocessors=1, blocks_per_multiprocessor=1)  # so small that little is more than a sweep
     kernels.take_launched_kernels()
-    install(EmulatedOperators(kernels), monkeypatch)
-    compared, different = launch_paths.run((launch_paths.SMALL,), "cpu")
+    with stand_in.kernels_in_place("PrivateUse1", stand_in.emulated):
+        compared, different = launch_paths.run((launch_paths.SMALL,), "cpu")
     assert compared > 1000
     assert not different
     assert kernels.__file__ is not None

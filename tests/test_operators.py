@@ -14,9 +14,7 @@ import torch
 from quantkernels import functional, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "simt")]
-
-from operators import EmulatedOperators  # type: ignore[import-not-found]  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from benchmarks import kernels as benchmarks  # noqa: E402
 
@@ -58,33 +56,29 @@ def function_of(operator: str) -> str:
     return BELONGS_TO.get(name, name)
 
 
-def registrations(backend: str) -> set[str]:
-    """The operators that csrc/ops registers for a backend: by a template for each, or for this one alone."""
+def registrations() -> set[str]:
+    """The operators that csrc/ops registers for every device of a build, with the CPU kernel the CUDA one."""
     found: set[str] = set()
-    for source in sorted((ROOT / "csrc" / "ops").glob("*.cpp")):
+    for source in (ROOT / "csrc" / "ops").glob("*.cpp"):
         text = source.read_text()
-        block = re.search(rf"STABLE_TORCH_LIBRARY_IMPL\(quantkernels, {backend.upper()}, m\) {{([^}}]*)}}", text)
-        registered = "" if block is None else text if f"implement<{backend}>(m)" in block[1] else block[1]
-        found |= set(re.findall(r'm\.impl\("([\w.]+)"', registered))
+        if "QK_IMPLEMENT_ON_EVERY_DEVICE" in text:
+            found |= set(re.findall(r'm\.impl\("([\w.]+)"', text))
     return found
 
 
 def lacking(operator: str) -> list[str]:
     """The parts that `operator` has not."""
     name, function = operator.partition(".")[0], function_of(operator)
-    overload = operator.partition(".")[2]
-    emulated = f"{name.rstrip('_')}_{overload}" + "_" * name.endswith("_") if overload else name
     qualified = f"quantkernels::{operator}"
     parts = {
         "schema": bool(torch._C._dispatch_has_kernel(qualified)),
         "fake": torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Meta")
         or torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None,
-        "CPU kernel": operator in registrations("Cpu"),
-        "CUDA kernel": name in WITHOUT_CUDA or operator in registrations("Cuda"),
+        "CPU kernel": torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"),
+        "CUDA kernel": name in WITHOUT_CUDA or operator in registrations(),
         "function": name in WITHOUT_FUNCTION or function in functional.__all__,
         "reference": name in WITHOUT_FUNCTION or function in reference.__all__,
         "sample of opcheck": any(sample.partition(" ")[0] == operator for sample in test_ops.SAMPLES),
-        "emulated operator": name in WITHOUT_CUDA or hasattr(EmulatedOperators, emulated),
         "launch path": name in WITHOUT_CUDA | WITHOUT_FUNCTION
         or any(case.function == function for case in launch_paths.SMALL),
         "benchmark": any(case.startswith(BENCHMARKS.get(function, function)) for case in benchmarks.GRID),
@@ -99,11 +93,10 @@ def test_an_operator_has_every_part(operator: str) -> None:
 
 def test_an_operator_that_lacks_parts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "__all__", [n for n in reference.__all__ if n != "min_max"])
-    monkeypatch.delattr(EmulatedOperators, "min_max")
     monkeypatch.setattr(launch_paths, "SMALL", [c for c in launch_paths.SMALL if c.function != "min_max"])
     monkeypatch.setitem(BELONGS_TO, "dorefa_gradient", "no_such_function")
-    assert lacking("min_max") == ["reference", "emulated operator", "launch path"]
+    assert lacking("min_max") == ["reference", "launch path"]
     assert lacking("dorefa_gradient") == ["function", "reference", "launch path", "benchmark"]
     assert lacking("straight_through") == []
     monkeypatch.setattr(sys.modules[__name__], "WITHOUT_CUDA", set())
-    assert lacking("pack_levels") == ["CUDA kernel", "emulated operator"]
+    assert lacking("pack_levels") == ["CUDA kernel"]

@@ -45,7 +45,7 @@ def executable(stem: str, flavour: Flavour) -> Path:
     reason = toolchain.missing_runtime(flavour)
     if reason is not None:
         pytest.skip(reason)
-    return toolchain.build_executable(SIMT / f"{stem}.cpp", flavour)
+    return toolchain.build_executable((SIMT / f"{stem}.cpp",), flavour)
 
 
 FLAVOURS = [PLAIN, UCONTEXT, ADDRESS, THREAD, INITCHECK]

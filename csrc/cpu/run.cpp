@@ -1,4 +1,4 @@
-// Implements run.h: tier selection, partition and the scalar steps between parallel passes.
+// Implements run.h, but for batch norm: tier selection, partition and the scalar steps between parallel passes.
 #include "run.h"
 
 #include <algorithm>
@@ -10,21 +10,15 @@
 #include <new>
 #include <stdexcept>
 
-#include "../numerics/batch_norm_channel.h"
 #include "../numerics/channel.h"
-#include "../numerics/dispatch.h"
 #include "../numerics/dorefa.h"
 #include "../numerics/extrema.h"
 #include "../numerics/half.h"
-#include "batch_norm_kernels.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace qk::cpu {
 namespace {
-
-// Elements below which a second thread costs more than it saves: where memory decides, and where arithmetic does.
-constexpr int64_t kGrain = 1 << 16;
-constexpr int64_t kArithmeticGrain = 1 << 15;
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> kernels = {&kBaselineKernels};
@@ -51,51 +45,6 @@ const Kernels& choose_kernels() {
   }
   throw std::runtime_error("quantkernels: expected `QUANTKERNELS_CPU_CAPABILITY` to be one of " + names + ", but got " +
                            forced);
-}
-
-const Kernels& active_kernels() {
-  static const Kernels& kernels = choose_kernels();
-  return kernels;
-}
-
-template <class F>
-void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F& body) {
-  if (count <= grain) {
-    if (count > 0) body(0, count);
-    return;
-  }
-  parallel_for(
-      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-      const_cast<F*>(&body));
-}
-
-// body(begin, end) over elements, in parts that begin on whole mask bytes.
-template <class F>
-void parallel_elements(ParallelFor parallel_for, int64_t numel, int64_t grain, const F& body) {
-  const int64_t parts = (numel + kPartAlignment - 1) / kPartAlignment;
-  parallel(parallel_for, parts, grain / kPartAlignment,
-           [&](int64_t begin, int64_t end) { body(begin * kPartAlignment, std::min(end * kPartAlignment, numel)); });
-}
-
-// A last-level cache as a few cores share: whoever reads a result as large next does not find it there. Smaller ones
-// are sooner computed by themselves when streamed, but not with the operator that reads them: 16 MB and its sum, 2
-// threads, 0.74 ms streamed and 0.42 cached; 64 MB between two others 8.0 and 8.5. A constant, since what sysconf tells
-// of the cache is wrong by a factor of ten on some processors.
-constexpr int64_t kStreamedBytes = 32 << 20;
-
-Store store_for(const void* input, const void* output, int64_t bytes) {
-  return output != input && bytes >= kStreamedBytes ? Store::kStreamed : Store::kCached;
-}
-
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
 }
 
 // The job's constants and the memory that holds them.
@@ -435,6 +384,11 @@ void run_each(const Job* jobs, int64_t count, ParallelFor parallel_for, const Nu
 
 }  // namespace
 
+const Kernels& active_kernels() {
+  static const Kernels& kernels = choose_kernels();
+  return kernels;
+}
+
 std::vector<std::string> available_tiers() {
   std::vector<std::string> names;
   for (const Kernels* k : available_kernels()) names.emplace_back(k->name);
@@ -548,268 +502,6 @@ void run(const DoReFaGradientJob& job, ParallelFor parallel_for) {
     quantize_gradient<float>(job, parallel_for);
   }
   ++job.rng_state[1];
-}
-
-namespace {
-
-// How a tensor is cut into parts that are summed apart. By its sizes alone, so that sums depend on no number of
-// threads.
-class BatchNormParts {
- public:
-  explicit BatchNormParts(const ChannelView& view) : view_(view) {
-    const bool columns = BatchNormTable::has_slot_per_element(view);
-    channels_ = columns ? std::min(view.channels, std::max<int64_t>(kPartColumns / view.inner, 1)) : 1;
-    outer_ = std::clamp<int64_t>(kPart / (channels_ * view.inner), 1, std::max<int64_t>(view.outer, 1));
-    across_ = (view.channels + channels_ - 1) / channels_;
-  }
-
-  int64_t rows() const { return (view_.outer + outer_ - 1) / outer_; }
-  int64_t elements() const { return outer_ * channels_ * view_.inner; }
-  int64_t count() const { return rows() * across_; }
-  BatchNormPart part(int64_t index) const {
-    const int64_t o = index / across_ * outer_, c = index % across_ * channels_;
-    return {o, std::min(o + outer_, view_.outer), c, std::min(c + channels_, view_.channels)};
-  }
-  int64_t row_of(int64_t index) const { return index / across_; }
-
- private:
-  static constexpr int64_t kPart = 1 << 16;
-  ChannelView view_;
-  int64_t channels_, outer_, across_;
-};
-
-// part(p, sums of its channels) for every part, then the sums of every channel over the parts in order.
-template <class Sums, class F>
-std::vector<Sums> sum_channels(const ChannelView& view, ParallelFor parallel_for, Sums none, const F& part_sums) {
-  const BatchNormParts parts(view);
-  std::vector<Sums> partial(static_cast<size_t>(parts.rows() * view.channels), none);
-  const int64_t grain = std::max<int64_t>(kArithmeticGrain / std::max<int64_t>(parts.elements(), 1), 1);
-  parallel(parallel_for, parts.count(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const BatchNormPart part = parts.part(p);
-      part_sums(part, &partial[static_cast<size_t>(parts.row_of(p) * view.channels + part.channel_begin)]);
-    }
-  });
-  std::vector<Sums> all(static_cast<size_t>(view.channels), none);
-  for (size_t i = 0; i < partial.size(); ++i) add_into(all[i % all.size()], partial[i]);
-  return all;
-}
-
-// The same for one channel, by one thread and with the same result.
-template <class Sums, class F>
-Sums sum_channel(const ChannelView& view, int64_t channel, Sums none, const F& part_sums) {
-  const BatchNormParts parts(view);
-  Sums all = none;
-  for (int64_t row = 0; row < parts.rows(); ++row) {
-    BatchNormPart part = parts.part(row * view.channels);
-    part.channel_begin = channel;
-    part.channel_end = channel + 1;
-    Sums sums = none;
-    part_sums(part, &sums);
-    add_into(all, sums);
-  }
-  return all;
-}
-
-// Whether a thread computes all of a channel before the next: what it has summed is then still in its second-level
-// cache, and memory is read once. For channels enough to keep threads busy, and rows on whole vectors and mask bytes.
-bool by_channel(const ChannelView& view, DType dtype, int64_t tensors) {
-  constexpr int64_t kCache = 1 << 19;
-  return view.inner % kLanes == 0 && view.channels >= 16 &&
-         view.outer * view.inner * element_size(dtype) * tensors <= kCache;
-}
-
-// Rows of constants, one for each slot; see BatchNormTable.
-template <class T, int64_t n>
-class BatchNormConstants {
- public:
-  explicit BatchNormConstants(const ChannelView& view)
-      : view_(view),
-        slots_(BatchNormTable::slots_for(view)),
-        channels_(static_cast<size_t>(n * view.channels)),
-        constants_(BatchNormTable::has_slot_per_element(view) ? static_cast<size_t>(n * slots_) : 0) {}
-
-  void set(int64_t channel, const T (&values)[n]) {
-    for (int64_t k = 0; k < n; ++k) channels_[static_cast<size_t>(k * view_.channels + channel)] = values[k];
-  }
-  // When all channels are set.
-  BatchNormTable spread() {
-    if (constants_.empty()) return {channels_.data(), slots_};
-    for (int64_t k = 0; k < n; ++k) {
-      for (int64_t slot = 0; slot < slots_; ++slot) {
-        constants_[static_cast<size_t>(k * slots_ + slot)] =
-            channels_[static_cast<size_t>(k * view_.channels + BatchNormTable::channel_of(view_, slot))];
-      }
-    }
-    return {constants_.data(), slots_};
-  }
-  BatchNormTable by_channel() const { return {channels_.data(), slots_}; }
-
- private:
-  ChannelView view_;
-  int64_t slots_;
-  std::vector<T> channels_, constants_;
-};
-
-template <class T>
-class BatchNorm {
- public:
-  BatchNorm(const BatchNormJob& job, ParallelFor parallel_for)
-      : job_(job),
-        parallel_for_(parallel_for),
-        kernels_(active_kernels()),
-        constants_(job.view),
-        store_(store_for(job.quantization.input, job.quantization.output, numel() * element_size(dtype()))),
-        shifts_(job.frozen ? 0 : static_cast<size_t>(job.view.channels)),
-        extrema_(job.frozen ? 0 : static_cast<size_t>(job.view.channels)) {}
-
-  void run() {
-    const int64_t channels = job_.view.channels;
-    if (job_.frozen) {
-      for (int64_t c = 0; c < channels; ++c) set_constants(c, set_frozen_statistics<T>(job_, c));
-      if (numel() > 0) normalise();
-      return;
-    }
-    set_shifts();
-    if (by_channel(job_.view, dtype(), 1)) {
-      parallel(parallel_for_, channels, std::max<int64_t>(kArithmeticGrain / (job_.view.outer * job_.view.inner), 1),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t c = begin; c < end; ++c) {
-                   finish(c, sum_channel(job_.view, c, no_sums(), part_sums()));
-                   kernels_.normalise_channel(job_, constants_.by_channel(), store_, c);
-                 }
-               });
-    } else {
-      const std::vector<BatchNormSums> sums = sum_channels(job_.view, parallel_for_, no_sums(), part_sums());
-      for (int64_t c = 0; c < channels; ++c) finish(c, sums[static_cast<size_t>(c)]);
-      normalise();
-    }
-    if (job_.quantization.pending == nullptr) return;
-    for (const Extrema<T>& seen : extrema_) widen(seen);
-  }
-
- private:
-  DType dtype() const { return job_.quantization.dtype; }
-  int64_t numel() const { return job_.view.numel(); }
-
-  auto part_sums() const {
-    return [this](const BatchNormPart& part, BatchNormSums* sums) {
-      kernels_.batch_norm_sums(job_, part, &shifts_[static_cast<size_t>(part.channel_begin)], sums);
-    };
-  }
-
-  void set_shifts() {
-    dispatch_storage(dtype(), [&](auto storage) {
-      for (size_t c = 0; c < shifts_.size(); ++c) {
-        const int64_t channel = static_cast<int64_t>(c);
-        shifts_[c] = static_cast<T>(channel_shift<decltype(storage)>(job_.quantization.input, job_.view, channel));
-      }
-    });
-  }
-
-  void set_constants(int64_t c, const NormaliseConstants<T>& constants) {
-    constants_.set(c, {constants.mean, constants.factor, constants.bias});
-  }
-
-  // What follows from a channel's sums, which no other thread touches.
-  void finish(int64_t c, const BatchNormSums& sums) {
-    const auto constants = set_batch_statistics(job_, c, sums, shifts_[static_cast<size_t>(c)]);
-    set_constants(c, constants);
-    extrema_[static_cast<size_t>(c)] =
-        normalised_extrema(constants, static_cast<T>(sums.min), static_cast<T>(sums.max));
-  }
-
-  void normalise() {
-    const BatchNormTable table = constants_.spread();
-    std::mutex widening;
-    parallel_elements(parallel_for_, numel(), kGrain, [&](int64_t begin, int64_t end) {
-      if (!job_.frozen || job_.quantization.pending == nullptr) {
-        return kernels_.normalise(job_, table, store_, nullptr, begin, end);
-      }
-      Extrema<T> seen = Extrema<T>::empty();
-      const ObservedExtrema observed{&seen.min, &seen.max};
-      kernels_.normalise(job_, table, store_, &observed, begin, end);
-      const std::lock_guard<std::mutex> lock(widening);
-      widen(seen);
-    });
-  }
-
-  void widen(const Extrema<T>& seen) const {
-    if (seen.min > seen.max) return;
-    const Range range = clamped_range(job_.quantization, seen.min, seen.max);
-    combine_into(job_.quantization.pending[0], job_.quantization.pending[1], range.min, range.max);
-  }
-
-  const BatchNormJob& job_;
-  ParallelFor parallel_for_;
-  const Kernels& kernels_;
-  BatchNormConstants<T, kNormalisedConstants> constants_;
-  Store store_;
-  std::vector<T> shifts_;
-  std::vector<Extrema<T>> extrema_;
-};
-
-template <class T>
-class BatchNormBackward {
- public:
-  BatchNormBackward(const BatchNormGradientJob& job, ParallelFor parallel_for)
-      : job_(job),
-        parallel_for_(parallel_for),
-        kernels_(active_kernels()),
-        constants_(job.view),
-        store_(store_for(job.grad_output, job.grad_input, job.view.numel() * element_size(job.dtype))) {}
-
-  void run() {
-    const ChannelView& view = job_.view;
-    constexpr BatchNormGradientSums kNone = {0.0, 0.0};
-    if (view.numel() == 0) {
-      for (int64_t c = 0; c < view.channels; ++c) finish(c, kNone);
-      return;
-    }
-    const auto part_sums = [this](const BatchNormPart& part, BatchNormGradientSums* sums) {
-      kernels_.batch_norm_gradient_sums(job_, part, sums);
-    };
-    if (by_channel(view, job_.dtype, 2)) {
-      parallel(parallel_for_, view.channels, std::max<int64_t>(kArithmeticGrain / (view.outer * view.inner), 1),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t c = begin; c < end; ++c) {
-                   finish(c, sum_channel(view, c, kNone, part_sums));
-                   kernels_.batch_norm_gradient_channel(job_, constants_.by_channel(), store_, c);
-                 }
-               });
-      return;
-    }
-    const std::vector<BatchNormGradientSums> sums = sum_channels(view, parallel_for_, kNone, part_sums);
-    for (int64_t c = 0; c < view.channels; ++c) finish(c, sums[static_cast<size_t>(c)]);
-    const BatchNormTable table = constants_.spread();
-    parallel_elements(parallel_for_, view.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernels_.batch_norm_gradient(job_, table, store_, begin, end);
-    });
-  }
-
- private:
-  void finish(int64_t c, const BatchNormGradientSums& sums) {
-    const InputGradientConstants<T> g = set_gradients<T>(job_, c, sums);
-    constants_.set(c, {g.mean, g.factor, g.slope, g.constant});
-  }
-
-  const BatchNormGradientJob& job_;
-  ParallelFor parallel_for_;
-  const Kernels& kernels_;
-  BatchNormConstants<T, kGradientConstants> constants_;
-  Store store_;
-};
-
-}  // namespace
-
-void run(const BatchNormJob& job, ParallelFor parallel_for) {
-  if (job.quantization.dtype == DType::kFloat64) return BatchNorm<double>(job, parallel_for).run();
-  return BatchNorm<float>(job, parallel_for).run();
-}
-
-void run(const BatchNormGradientJob& job, ParallelFor parallel_for) {
-  if (job.dtype == DType::kFloat64) return BatchNormBackward<double>(job, parallel_for).run();
-  return BatchNormBackward<float>(job, parallel_for).run();
 }
 
 namespace {

@@ -1,12 +1,11 @@
 // Owns the operators of smooth activations behind which a tensor is fake-quantized: activation_fake_quantize,
 // activation_fake_quantize_backward.
-#include <cmath>
 #include <optional>
-#include <tuple>
 
 #include "backend.h"
 #include "checks.h"
 #include "layout.h"
+#include "quantization.h"
 
 namespace qk::ops {
 namespace {
@@ -21,9 +20,9 @@ Activation check_activation(const char* op, int64_t activation) {
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> activation_fake_quantize(const Tensor& input, const Tensor& active,
-                                                    const std::optional<Tensor>& pending, int64_t activation,
-                                                    int64_t quant_min, int64_t quant_max, bool symmetric) {
+Quantized<false> activation_fake_quantize(const Tensor& input, const Tensor& active,
+                                          const std::optional<Tensor>& pending, int64_t activation, int64_t quant_min,
+                                          int64_t quant_max, bool symmetric) {
   constexpr const char* kOp = "activation_fake_quantize";
   check_same_device(kOp, "active", active, input);
   if (pending.has_value()) check_same_device(kOp, "pending", *pending, input);
@@ -38,24 +37,14 @@ std::tuple<Tensor, Tensor> activation_fake_quantize(const Tensor& input, const T
   }
   ActivationJob job{};
   job.activation = check_activation(kOp, activation);
-  check_grid(kOp, quant_min, quant_max);
-  if (symmetric) check_symmetric_grid(kOp, quant_min, quant_max);
+  const Quantization q(quant_min, quant_max, symmetric, {}, {});
+  q.check(kOp);
   Prepared p = prepare(input, false);
-  AffineJob& quantization = job.quantization;
-  quantization.dtype = dtype;
-  quantization.input = p.source->const_data_ptr();
-  quantization.output = p.output().mutable_data_ptr();
-  quantization.mask = static_cast<uint8_t*>(p.mask.mutable_data_ptr());
-  quantization.view = {1, 1, input.numel()};
-  quantization.range = static_cast<const float*>(active.const_data_ptr());
-  quantization.symmetric = symmetric;
-  quantization.quant_min = static_cast<int32_t>(quant_min);
-  quantization.quant_max = static_cast<int32_t>(quant_max);
-  quantization.low = -INFINITY;
-  quantization.high = INFINITY;
-  quantization.pending = pending.has_value() ? static_cast<float*>(pending->mutable_data_ptr()) : nullptr;
+  job.quantization = affine_job(p, dtype, q, std::nullopt);
+  job.quantization.range = active.const_data<float>();
+  if (pending.has_value()) job.quantization.pending = pending->mutable_data<float>();
   Backend::run(job, input);
-  return {std::move(p.fresh), std::move(p.mask)};
+  return results<false>(std::move(p), input);
 }
 
 template <class Backend>
@@ -69,9 +58,7 @@ Tensor activation_fake_quantize_backward(const Tensor& grad_output, const Tensor
   check_dtype(kOp, "grad_output", grad_output, input.dtype());
   check_dtype(kOp, "mask", mask, aoti_torch_dtype_uint8());
   check_same_shape(kOp, "grad_output", grad_output, input);
-  if (mask.dim() != 1 || mask.numel() != (input.numel() + 7) / 8) {
-    fail(kOp, "mask", "of shape [", (input.numel() + 7) / 8, "], but got ", shape_text(mask));
-  }
+  check_mask(kOp, mask, input);
   job.activation = check_activation(kOp, activation);
   const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
   const Dense x(input, layout);
@@ -80,7 +67,7 @@ Tensor activation_fake_quantize_backward(const Tensor& grad_output, const Tensor
   Tensor grad_input = empty_in_layout(input, layout);
   job.grad_output = g->const_data_ptr();
   job.input = x->const_data_ptr();
-  job.mask = static_cast<const uint8_t*>(bits->const_data_ptr());
+  job.mask = bits->const_data<uint8_t>();
   job.grad_input = grad_input.mutable_data_ptr();
   job.numel = input.numel();
   Backend::run(job, input);
@@ -95,9 +82,6 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
-#if defined(QUANTKERNELS_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
-#endif
+QK_IMPLEMENT_ON_EVERY_DEVICE
 
 }  // namespace qk::ops

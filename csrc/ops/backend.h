@@ -48,3 +48,18 @@ struct Cuda {
 #endif
 
 }  // namespace qk::ops
+
+// Registers the operators of a file, implement<Backend>(library), for the devices that this build is for. The emulator
+// (tests/simt) compiles the files a second time, to run what a GPU runs: on tensors of the host, under a key of its
+// own.
+#if defined(QUANTKERNELS_EMULATED)
+#define QK_IMPLEMENT_ON_EVERY_DEVICE \
+  STABLE_TORCH_LIBRARY_IMPL(quantkernels, PrivateUse1, m) { implement<Cuda>(m); }
+#elif defined(QUANTKERNELS_WITH_CUDA)
+#define QK_IMPLEMENT_ON_EVERY_DEVICE                                     \
+  STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
+#else
+#define QK_IMPLEMENT_ON_EVERY_DEVICE \
+  STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
+#endif

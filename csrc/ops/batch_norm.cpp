@@ -1,26 +1,20 @@
 // Owns the operators of batch norm behind which a tensor is fake-quantized: batch_norm_fake_quantize,
 // frozen_batch_norm_fake_quantize, batch_norm_fake_quantize_backward.
-#include <cmath>
 #include <optional>
 #include <tuple>
 
 #include "backend.h"
 #include "checks.h"
 #include "layout.h"
+#include "quantization.h"
 
 namespace qk::ops {
 namespace {
 
-using Bound = std::optional<double>;
 using Maybe = std::optional<Tensor>;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // output, mask, mean, inverse_std
 
 constexpr int64_t kChannelAxis = 1;
-
-// Statistics and parameters are float64 beside a float64 input, and float32 beside every other.
-int32_t statistics_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
 
 struct Named {
   const char* name;
@@ -29,7 +23,6 @@ struct Named {
 
 const Tensor* pointer_or_null(const Maybe& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
 const void* data_or_null(const Maybe& tensor) { return tensor.has_value() ? tensor->const_data_ptr() : nullptr; }
-void* mutable_data_or_null(const Maybe& tensor) { return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr; }
 
 void check_channel_axis(const char* op, const Tensor& input) {
   if (input.dim() < 2) fail(op, "input", "of at least 2 dimensions, but got ", shape_text(input));
@@ -56,9 +49,7 @@ struct Forward {
   const Maybe& pending;
   double momentum;
   double eps;
-  int64_t quant_min, quant_max;
-  bool symmetric;
-  double low, high;
+  Quantization q;
   bool frozen;
 
   DType check(const char* op) const {
@@ -93,9 +84,7 @@ struct Forward {
     if (!frozen && input.numel() < 2 * input.sizes()[kChannelAxis]) {
       fail(op, "input", "of more than one value for each channel, but got ", shape_text(input));
     }
-    check_grid(op, quant_min, quant_max);
-    if (symmetric) check_symmetric_grid(op, quant_min, quant_max);
-    check_bounds(op, low, high);
+    q.check(op);
     return dtype;
   }
 
@@ -107,7 +96,9 @@ struct Forward {
     job.view = view_around(*p.source, p.layout, kChannelAxis);
     Tensor mean = empty_vector(input, job.view.channels, statistics_dtype(dtype));
     Tensor inverse_std = empty_vector(input, job.view.channels, statistics_dtype(dtype));
-    job.quantization = quantization(p, dtype);
+    job.quantization = affine_job(p, dtype, q, std::nullopt);
+    job.quantization.range = active.const_data<float>();
+    if (pending.has_value()) job.quantization.pending = pending->mutable_data<float>();
     job.weight = data_or_null(weight);
     job.bias = data_or_null(bias);
     if (running_mean != nullptr) {
@@ -121,23 +112,6 @@ struct Forward {
     job.eps = eps;
     Backend::run(job, input);
     return {std::move(p.fresh), std::move(p.mask), std::move(mean), std::move(inverse_std)};
-  }
-
-  AffineJob quantization(const Prepared& p, DType dtype) const {
-    AffineJob job{};
-    job.dtype = dtype;
-    job.input = p.source->const_data_ptr();
-    job.output = p.output().mutable_data_ptr();
-    job.mask = static_cast<uint8_t*>(p.mask.mutable_data_ptr());
-    job.view = {1, 1, input.numel()};
-    job.range = static_cast<const float*>(active.const_data_ptr());
-    job.symmetric = symmetric;
-    job.quant_min = static_cast<int32_t>(quant_min);
-    job.quant_max = static_cast<int32_t>(quant_max);
-    job.low = low;
-    job.high = high;
-    job.pending = static_cast<float*>(mutable_data_or_null(pending));
-    return job;
   }
 };
 
@@ -155,11 +129,7 @@ Results batch_norm_fake_quantize(const Tensor& input, const Maybe& weight, const
                         pending,
                         momentum,
                         eps,
-                        quant_min,
-                        quant_max,
-                        symmetric,
-                        low.value_or(-INFINITY),
-                        high.value_or(INFINITY),
+                        {quant_min, quant_max, symmetric, low, high},
                         false};
   return forward.run<Backend>("batch_norm_fake_quantize");
 }
@@ -168,20 +138,8 @@ template <class Backend>
 Results frozen_batch_norm_fake_quantize(const Tensor& input, const Maybe& weight, const Maybe& bias, const Tensor& mean,
                                         const Tensor& variance, const Tensor& active, const Maybe& pending, double eps,
                                         int64_t quant_min, int64_t quant_max, bool symmetric, Bound low, Bound high) {
-  const Forward forward{input,
-                        weight,
-                        bias,
-                        &mean,
-                        &variance,
-                        active,
-                        pending,
-                        0.0,
-                        eps,
-                        quant_min,
-                        quant_max,
-                        symmetric,
-                        low.value_or(-INFINITY),
-                        high.value_or(INFINITY),
+  const Forward forward{input,  weight,  bias, &mean, &variance,
+                        active, pending, 0.0,  eps,   {quant_min, quant_max, symmetric, low, high},
                         true};
   return forward.run<Backend>("frozen_batch_norm_fake_quantize");
 }
@@ -206,9 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fake_quantize_backward(const Tenso
   }
   check_channel_axis(kOp, input);
   check_same_shape(kOp, "grad_output", grad_output, input);
-  if (mask.dim() != 1 || mask.numel() != (input.numel() + 7) / 8) {
-    fail(kOp, "mask", "of shape [", (input.numel() + 7) / 8, "], but got ", shape_text(mask));
-  }
+  check_mask(kOp, mask, input);
   check_channels(kOp, channels, input);
   const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
   const Dense x(input, layout);
@@ -222,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fake_quantize_backward(const Tenso
   Tensor grad_bias = empty_vector(input, job.view.channels, statistics_dtype(dtype));
   job.grad_output = g->const_data_ptr();
   job.input = x->const_data_ptr();
-  job.mask = static_cast<const uint8_t*>(bits->const_data_ptr());
+  job.mask = bits->const_data<uint8_t>();
   job.weight = data_or_null(weight);
   job.mean = mean.const_data_ptr();
   job.inverse_std = inverse_std.const_data_ptr();
@@ -243,9 +199,6 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
-#if defined(QUANTKERNELS_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
-#endif
+QK_IMPLEMENT_ON_EVERY_DEVICE
 
 }  // namespace qk::ops

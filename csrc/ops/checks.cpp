@@ -60,6 +60,10 @@ void check_dtype(const char* op, const char* argument, const Tensor& tensor, int
   }
 }
 
+int32_t statistics_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
 std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis, const char* name) {
   if (!axis.has_value()) return axis;
   const int64_t dims = input.dim();
@@ -91,6 +95,13 @@ void check_numbers(const char* op, double scale, int64_t zero_point, int64_t qua
 void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
   if (!tensor.has_shape_of(like)) {
     fail(op, argument, "of shape ", shape_text(like), ", but got ", shape_text(tensor));
+  }
+}
+
+void check_mask(const char* op, const Tensor& mask, const Tensor& like) {
+  const int64_t bytes = mask_bytes(like);
+  if (mask.dim() != 1 || mask.numel() != bytes) {
+    fail(op, "mask", "of shape [", bytes, "], but got ", shape_text(mask));
   }
 }
 

@@ -8,10 +8,6 @@
 namespace qk::ops {
 namespace {
 
-int32_t statistic_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
 template <class Backend>
 std::tuple<Tensor, Tensor> dorefa_weight(const Tensor& weight, int64_t bits) {
   constexpr const char* kOp = "dorefa_weight";
@@ -22,7 +18,7 @@ std::tuple<Tensor, Tensor> dorefa_weight(const Tensor& weight, int64_t bits) {
   const Layout layout = dense_layout(weight).value_or(Layout::kContiguous);
   const Dense source(weight, layout);
   Tensor output = empty_in_layout(weight, layout);
-  Tensor statistic = empty_vector(weight, 1, statistic_dtype(job.dtype));
+  Tensor statistic = empty_vector(weight, 1, statistics_dtype(job.dtype));
   job.input = source->const_data_ptr();
   job.output = output.mutable_data_ptr();
   job.statistic = statistic.mutable_data_ptr();
@@ -39,7 +35,7 @@ Tensor dorefa_weight_backward(const Tensor& grad_output, const Tensor& weight, c
   DoReFaWeightGradientJob job{};
   job.dtype = check_floating(kOp, "weight", weight);
   check_dtype(kOp, "grad_output", grad_output, weight.dtype());
-  check_dtype(kOp, "statistic", statistic, statistic_dtype(job.dtype));
+  check_dtype(kOp, "statistic", statistic, statistics_dtype(job.dtype));
   check_same_shape(kOp, "grad_output", grad_output, weight);
   if (statistic.numel() != 1) fail(kOp, "statistic", "of one element, but got ", shape_text(statistic));
   const Layout layout = dense_layout(weight).value_or(Layout::kContiguous);
@@ -55,31 +51,19 @@ Tensor dorefa_weight_backward(const Tensor& grad_output, const Tensor& weight, c
   return grad_input;
 }
 
-template <class Backend>
-Prepared activation_into(const char* op, const Tensor& input, int64_t bits, bool in_place) {
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> dorefa_activation(const Tensor& input, int64_t bits) {
+  constexpr const char* kOp = kInPlace ? "dorefa_activation_" : "dorefa_activation";
   DoReFaActivationJob job{};
-  job.dtype = check_floating(op, "input", input);
-  job.bits = check_bits(op, bits);
-  Prepared p = prepare(input, in_place);
+  job.dtype = check_floating(kOp, "input", input);
+  job.bits = check_bits(kOp, bits);
+  Prepared p = prepare(input, kInPlace);
   job.input = p.source->const_data_ptr();
   job.output = p.output().mutable_data_ptr();
-  job.mask = static_cast<uint8_t*>(p.mask.mutable_data_ptr());
+  job.mask = p.mask.mutable_data<uint8_t>();
   job.numel = input.numel();
   Backend::run(job, input);
-  return p;
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> dorefa_activation(const Tensor& input, int64_t bits) {
-  Prepared p = activation_into<Backend>("dorefa_activation", input, bits, false);
-  return {std::move(p.fresh), std::move(p.mask)};
-}
-
-template <class Backend>
-Tensor dorefa_activation_(const Tensor& input, int64_t bits) {
-  Prepared p = activation_into<Backend>("dorefa_activation_", input, bits, true);
-  write_back(p, input);
-  return std::move(p.mask);
+  return results<kInPlace>(std::move(p), input);
 }
 
 template <class Backend>
@@ -102,7 +86,7 @@ Tensor dorefa_gradient(const Tensor& grad_output, const Tensor& rng_state, int64
   job.grad_input = grad_input.mutable_data_ptr();
   job.samples = grad_output.dim() > 0 ? grad_output.sizes()[0] : 1;
   job.inner = job.samples > 0 ? grad_output.numel() / job.samples : 0;
-  job.rng_state = static_cast<int64_t*>(rng_state.mutable_data_ptr());
+  job.rng_state = rng_state.mutable_data<int64_t>();
   job.stream = stream;
   Backend::run(job, grad_output);
   Dense result(grad_input, layout);
@@ -113,16 +97,13 @@ template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("dorefa_weight", Boxed<&dorefa_weight<Backend>>::call);
   m.impl("dorefa_weight_backward", Boxed<&dorefa_weight_backward<Backend>>::call);
-  m.impl("dorefa_activation", Boxed<&dorefa_activation<Backend>>::call);
-  m.impl("dorefa_activation_", Boxed<&dorefa_activation_<Backend>>::call);
+  m.impl("dorefa_activation", Boxed<&dorefa_activation<Backend, false>>::call);
+  m.impl("dorefa_activation_", Boxed<&dorefa_activation<Backend, true>>::call);
   m.impl("dorefa_gradient", Boxed<&dorefa_gradient<Backend>>::call);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
-#if defined(QUANTKERNELS_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
-#endif
+QK_IMPLEMENT_ON_EVERY_DEVICE
 
 }  // namespace qk::ops

@@ -10,73 +10,12 @@
 #include "backend.h"
 #include "checks.h"
 #include "layout.h"
+#include "quantization.h"
 
 namespace qk::ops {
 namespace {
 
-using Axis = std::optional<int64_t>;
-using Bound = std::optional<double>;
-
-// The grid and the activation in front of it.
-struct Quantization {
-  int64_t quant_min, quant_max;
-  bool symmetric;
-  double low, high;
-
-  Quantization(int64_t quant_min, int64_t quant_max, bool symmetric, Bound low, Bound high)
-      : quant_min(quant_min),
-        quant_max(quant_max),
-        symmetric(symmetric),
-        low(low.value_or(-INFINITY)),
-        high(high.value_or(INFINITY)) {}
-};
-
-void check_quantization(const char* op, const Quantization& q) {
-  check_grid(op, q.quant_min, q.quant_max);
-  if (q.symmetric) check_symmetric_grid(op, q.quant_min, q.quant_max);
-  check_bounds(op, q.low, q.high);
-}
-
 int64_t channels_of(const Tensor& input, Axis axis) { return axis.has_value() ? input.sizes()[*axis] : 1; }
-
-template <class T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* mutable_pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// All but where the grid comes from and where the results go.
-AffineJob affine_job(const Tensor& source, Layout layout, DType dtype, const Quantization& q, Axis axis) {
-  AffineJob job{};
-  job.dtype = dtype;
-  job.input = source.const_data_ptr();
-  job.view = view_around(source, layout, axis);
-  job.symmetric = q.symmetric;
-  job.quant_min = static_cast<int32_t>(q.quant_min);
-  job.quant_max = static_cast<int32_t>(q.quant_max);
-  job.low = q.low;
-  job.high = q.high;
-  return job;
-}
-
-// All but where the grid comes from.
-AffineJob affine_job(const Prepared& p, DType dtype, const Quantization& q, Axis axis) {
-  AffineJob job = affine_job(*p.source, p.layout, dtype, q, axis);
-  job.output = p.output().mutable_data_ptr();
-  job.mask = mutable_pointer<uint8_t>(p.mask);
-  return job;
-}
-
-std::tuple<Tensor, Tensor> output_and_mask(Prepared p) { return {std::move(p.fresh), std::move(p.mask)}; }
-
-// In place; returns the mask.
-Tensor mask_alone(Prepared p, const Tensor& input) {
-  write_back(p, input);
-  return std::move(p.mask);
-}
 
 // What the checks of an operator with a scale and a zero point find out; the axis is counted from 0.
 struct Given {
@@ -95,88 +34,56 @@ Given check_given(const char* op, const Tensor& input, const Tensor& scale, cons
   const int64_t channels = channels_of(input, axis);
   check_per_channel(op, "scale", scale, channels);
   check_per_channel(op, "zero_point", zero_point, channels);
-  check_quantization(op, q);
+  q.check(op);
   return {dtype, axis};
 }
 
-template <class Backend>
-Prepared quantize_given(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                        const Quantization& q, Axis axis, bool in_place) {
-  const Given given = check_given(op, input, scale, zero_point, q, axis);
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> fake_quantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                                  int64_t quant_max, Axis axis, Bound low, Bound high) {
+  constexpr const char* kOp = kInPlace ? "fake_quantize_" : "fake_quantize";
+  const Quantization q(quant_min, quant_max, false, low, high);
+  const Given given = check_given(kOp, input, scale, zero_point, q, axis);
   const Dense dense_scale(scale, Layout::kContiguous);
   const Dense dense_zero_point(zero_point, Layout::kContiguous);
   if (Backend::kReadsOnHost) {
-    check_zero_points(op, pointer<int32_t>(*dense_zero_point), zero_point.numel(), q.quant_min, q.quant_max);
+    check_zero_points(kOp, dense_zero_point->const_data<int32_t>(), zero_point.numel(), quant_min, quant_max);
   }
-  Prepared p = prepare(input, in_place);
+  Prepared p = prepare(input, kInPlace);
   AffineJob job = affine_job(p, given.dtype, q, given.axis);
-  job.scale = pointer<float>(*dense_scale);
-  job.zero_point = pointer<int32_t>(*dense_zero_point);
+  job.scale = dense_scale->const_data<float>();
+  job.zero_point = dense_zero_point->const_data<int32_t>();
   Backend::run(job, input);
-  return p;
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                                         int64_t quant_min, int64_t quant_max, Axis axis, Bound low, Bound high) {
-  return output_and_mask(quantize_given<Backend>("fake_quantize", input, scale, zero_point,
-                                                 {quant_min, quant_max, false, low, high}, axis, false));
-}
-
-template <class Backend>
-Tensor fake_quantize_(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-                      int64_t quant_max, Axis axis, Bound low, Bound high) {
-  return mask_alone(quantize_given<Backend>("fake_quantize_", input, scale, zero_point,
-                                            {quant_min, quant_max, false, low, high}, axis, true),
-                    input);
+  return results<kInPlace>(std::move(p), input);
 }
 
 // Without an axis and an activation: every argument from Python costs 0.15 us.
-template <class Backend>
-std::tuple<Tensor, Tensor> fake_quantize_per_tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
-                                                    int64_t quant_min, int64_t quant_max) {
-  return fake_quantize<Backend>(input, scale, zero_point, quant_min, quant_max, {}, {}, {});
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> fake_quantize_per_tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+                                             int64_t quant_min, int64_t quant_max) {
+  return fake_quantize<Backend, kInPlace>(input, scale, zero_point, quant_min, quant_max, {}, {}, {});
 }
 
-template <class Backend>
-Tensor fake_quantize_per_tensor_(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-                                 int64_t quant_max) {
-  return fake_quantize_<Backend>(input, scale, zero_point, quant_min, quant_max, {}, {}, {});
-}
-
-template <class Backend>
-Prepared quantize_number(const char* op, const Tensor& input, double scale, int64_t zero_point, const Quantization& q,
-                         bool in_place) {
-  const DType dtype = check_floating(op, "input", input);
-  check_quantization(op, q);
-  check_numbers(op, scale, zero_point, q.quant_min, q.quant_max);
-  Prepared p = prepare(input, in_place);
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> fake_quantize_number(const Tensor& input, double scale, int64_t zero_point, int64_t quant_min,
+                                         int64_t quant_max, Bound low, Bound high) {
+  constexpr const char* kOp = kInPlace ? "fake_quantize_" : "fake_quantize";
+  const Quantization q(quant_min, quant_max, false, low, high);
+  const DType dtype = check_floating(kOp, "input", input);
+  q.check(kOp);
+  check_numbers(kOp, scale, zero_point, quant_min, quant_max);
+  Prepared p = prepare(input, kInPlace);
   AffineJob job = affine_job(p, dtype, q, std::nullopt);
   job.scale_number = static_cast<float>(scale);
   job.zero_point_number = static_cast<int32_t>(zero_point);
   Backend::run(job, input);
-  return p;
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> fake_quantize_number(const Tensor& input, double scale, int64_t zero_point,
-                                                int64_t quant_min, int64_t quant_max, Bound low, Bound high) {
-  return output_and_mask(quantize_number<Backend>("fake_quantize", input, scale, zero_point,
-                                                  {quant_min, quant_max, false, low, high}, false));
-}
-
-template <class Backend>
-Tensor fake_quantize_number_(const Tensor& input, double scale, int64_t zero_point, int64_t quant_min,
-                             int64_t quant_max, Bound low, Bound high) {
-  return mask_alone(quantize_number<Backend>("fake_quantize_", input, scale, zero_point,
-                                             {quant_min, quant_max, false, low, high}, true),
-                    input);
+  return results<kInPlace>(std::move(p), input);
 }
 
 // With the grids of `range`; widens `pending` unless that is null.
-template <class Backend>
-Prepared quantize_in_range(const char* op, const char* range_name, const Tensor& input, const Tensor& range,
-                           const Tensor* pending, const Quantization& q, Axis axis, bool in_place) {
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> quantize_in_range(const char* op, const char* range_name, const Tensor& input, const Tensor& range,
+                                      const Tensor* pending, const Quantization& q, Axis axis) {
   check_same_device(op, range_name, range, input);
   if (pending != nullptr) check_same_device(op, "pending", *pending, input);
   const DType dtype = check_floating(op, "input", input);
@@ -189,45 +96,31 @@ Prepared quantize_in_range(const char* op, const char* range_name, const Tensor&
     check_range(op, "pending", *pending, channels);
     check_contiguous(op, "pending", *pending);
   }
-  check_quantization(op, q);
+  q.check(op);
   const Dense dense_range(range, Layout::kContiguous);
-  Prepared p = prepare(input, in_place);
+  Prepared p = prepare(input, kInPlace);
   AffineJob job = affine_job(p, dtype, q, axis);
-  job.range = pointer<float>(*dense_range);
-  if (pending != nullptr) job.pending = mutable_pointer<float>(*pending);
+  job.range = dense_range->const_data<float>();
+  if (pending != nullptr) job.pending = pending->mutable_data<float>();
   Backend::run(job, input);
-  return p;
+  return results<kInPlace>(std::move(p), input);
 }
 
-template <class Backend>
-std::tuple<Tensor, Tensor> fake_quantize_in_range(const Tensor& input, const Tensor& range, int64_t quant_min,
-                                                  int64_t quant_max, bool symmetric, Axis axis, Bound low, Bound high) {
-  return output_and_mask(quantize_in_range<Backend>("fake_quantize_in_range", "range", input, range, nullptr,
-                                                    {quant_min, quant_max, symmetric, low, high}, axis, false));
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> fake_quantize_in_range(const Tensor& input, const Tensor& range, int64_t quant_min,
+                                           int64_t quant_max, bool symmetric, Axis axis, Bound low, Bound high) {
+  constexpr const char* kOp = kInPlace ? "fake_quantize_in_range_" : "fake_quantize_in_range";
+  return quantize_in_range<Backend, kInPlace>(kOp, "range", input, range, nullptr,
+                                              {quant_min, quant_max, symmetric, low, high}, axis);
 }
 
-template <class Backend>
-Tensor fake_quantize_in_range_(const Tensor& input, const Tensor& range, int64_t quant_min, int64_t quant_max,
-                               bool symmetric, Axis axis, Bound low, Bound high) {
-  return mask_alone(quantize_in_range<Backend>("fake_quantize_in_range_", "range", input, range, nullptr,
-                                               {quant_min, quant_max, symmetric, low, high}, axis, true),
-                    input);
-}
-
-template <class Backend>
-std::tuple<Tensor, Tensor> observe_fake_quantize(const Tensor& input, const Tensor& active, const Tensor& pending,
-                                                 int64_t quant_min, int64_t quant_max, bool symmetric, Axis axis,
-                                                 Bound low, Bound high) {
-  return output_and_mask(quantize_in_range<Backend>("observe_fake_quantize", "active", input, active, &pending,
-                                                    {quant_min, quant_max, symmetric, low, high}, axis, false));
-}
-
-template <class Backend>
-Tensor observe_fake_quantize_(const Tensor& input, const Tensor& active, const Tensor& pending, int64_t quant_min,
-                              int64_t quant_max, bool symmetric, Axis axis, Bound low, Bound high) {
-  return mask_alone(quantize_in_range<Backend>("observe_fake_quantize_", "active", input, active, &pending,
-                                               {quant_min, quant_max, symmetric, low, high}, axis, true),
-                    input);
+template <class Backend, bool kInPlace>
+Quantized<kInPlace> observe_fake_quantize(const Tensor& input, const Tensor& active, const Tensor& pending,
+                                          int64_t quant_min, int64_t quant_max, bool symmetric, Axis axis, Bound low,
+                                          Bound high) {
+  constexpr const char* kOp = kInPlace ? "observe_fake_quantize_" : "observe_fake_quantize";
+  return quantize_in_range<Backend, kInPlace>(kOp, "active", input, active, &pending,
+                                              {quant_min, quant_max, symmetric, low, high}, axis);
 }
 
 template <class Backend>
@@ -242,21 +135,21 @@ std::tuple<Tensor, Tensor> fake_quantize_current(const Tensor& input, const std:
   if (active.has_value()) {
     check_range(kOp, "active", *active, 1);
     check_contiguous(kOp, "active", *active);
-    range_job.active = pointer<float>(*active);
+    range_job.active = active->const_data<float>();
   }
   const Quantization q(quant_min, quant_max, symmetric, {}, {});
-  check_quantization(kOp, q);
+  q.check(kOp);
   Prepared p = prepare(input, false);
   AffineJob job = affine_job(p, range_job.dtype, q, axis);
-  if (input.numel() == 0) return output_and_mask(std::move(p));
+  if (input.numel() == 0) return results<false>(std::move(p), input);
   const Tensor range = empty_vector(input, 2 * job.view.channels, aoti_torch_dtype_float32());
   range_job.input = job.input;
   range_job.view = job.view;
-  range_job.range = mutable_pointer<float>(range);
+  range_job.range = range.mutable_data<float>();
   job.range = range_job.range;
   Backend::run(range_job, input);
   Backend::run(job, input);
-  return output_and_mask(std::move(p));
+  return results<false>(std::move(p), input);
 }
 
 using Tensors = std::vector<Tensor>;
@@ -266,8 +159,6 @@ void check_length(const char* op, const char* argument, size_t length, size_t ex
 }
 
 std::string indexed(const char* list, size_t index) { return std::string(list) + '[' + std::to_string(index) + ']'; }
-
-int64_t mask_bytes(const Tensor& tensor) { return (tensor.numel() + 7) / 8; }
 
 template <class Backend>
 std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, int64_t quant_min, int64_t quant_max,
@@ -282,7 +173,7 @@ std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, in
     axes.push_back(check_axis(kOp, inputs[i], axis, name.c_str()));
   }
   const Quantization q(quant_min, quant_max, symmetric, {}, {});
-  check_quantization(kOp, q);
+  q.check(kOp);
   Tensors outputs;
   std::vector<Dense> sources;
   sources.reserve(inputs.size());
@@ -290,7 +181,7 @@ std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, in
   int64_t channels = 0, bytes = 0;
   for (const Tensor& input : inputs) bytes += mask_bytes(input);
   Tensor mask = empty_vector(inputs[0], bytes, aoti_torch_dtype_uint8());
-  uint8_t* bits = mutable_pointer<uint8_t>(mask);
+  uint8_t* bits = mask.mutable_data<uint8_t>();
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Layout layout = dense_layout(inputs[i]).value_or(Layout::kContiguous);
     const Tensor& source = *sources.emplace_back(inputs[i], layout);
@@ -305,7 +196,7 @@ std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, in
     jobs.push_back(job);
   }
   const Tensor ranges = empty_vector(inputs[0], 2 * channels, aoti_torch_dtype_float32());
-  float* range = mutable_pointer<float>(ranges);
+  float* range = ranges.mutable_data<float>();
   for (CurrentJob& job : jobs) {
     AffineJob& quantization = job.quantization;
     quantization.range = range;
@@ -330,17 +221,16 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(const Tensor& 
   const Dense gradient(grad_output, layout), source(input, layout);
   const Dense dense_scale(scale, Layout::kContiguous), dense_zero_point(zero_point, Layout::kContiguous);
   Tensor grad_input = empty_in_layout(input, layout);
-  const int32_t sums_dtype = given.dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   LearnedGradientJob job{};
   job.dtype = given.dtype;
   job.grad_output = gradient->const_data_ptr();
   job.input = source->const_data_ptr();
   job.grad_input = grad_input.mutable_data_ptr();
   job.view = view_around(*source, layout, given.axis);
-  Tensor grad_scale = empty_vector(input, job.view.channels, sums_dtype);
-  Tensor grad_zero_point = empty_vector(input, job.view.channels, sums_dtype);
-  job.scale = pointer<float>(*dense_scale);
-  job.zero_point = pointer<int32_t>(*dense_zero_point);
+  Tensor grad_scale = empty_vector(input, job.view.channels, statistics_dtype(given.dtype));
+  Tensor grad_zero_point = empty_vector(input, job.view.channels, statistics_dtype(given.dtype));
+  job.scale = dense_scale->const_data<float>();
+  job.zero_point = dense_zero_point->const_data<int32_t>();
   job.quant_min = static_cast<int32_t>(quant_min);
   job.quant_max = static_cast<int32_t>(quant_max);
   job.grad_scale = grad_scale.mutable_data_ptr();
@@ -383,12 +273,10 @@ Tensor straight_through(const Tensor& grad_output, const Tensor& mask, int64_t m
   check_same_device(kOp, "mask", mask, grad_output);
   check_floating(kOp, "grad_output", grad_output);
   check_dtype(kOp, "mask", mask, aoti_torch_dtype_uint8());
-  if (mask.dim() != 1 || mask.numel() != (grad_output.numel() + 7) / 8) {
-    fail(kOp, "mask", "of shape [", (grad_output.numel() + 7) / 8, "], but got ", shape_text(mask));
-  }
+  check_mask(kOp, mask, grad_output);
   check_memory_format(kOp, "memory_format", memory_format, grad_output.dim());
   const Dense dense_mask(mask, Layout::kContiguous);
-  PreparedGradient gradient(grad_output, static_cast<Layout>(memory_format), pointer<uint8_t>(*dense_mask));
+  PreparedGradient gradient(grad_output, static_cast<Layout>(memory_format), dense_mask->const_data<uint8_t>());
   Backend::run(gradient.job(), grad_output);
   return gradient.take();
 }
@@ -421,7 +309,7 @@ Tensors straight_through_each(const Tensors& grad_outputs, const Tensor& mask, c
   for (size_t i = 0; i < grad_outputs.size(); ++i) {
     const Layout layout = static_cast<Layout>(memory_formats[i]);
     const PreparedGradient& gradient =
-        gradients.emplace_back(grad_outputs[i], layout, pointer<uint8_t>(mask) + mask_offsets[i]);
+        gradients.emplace_back(grad_outputs[i], layout, mask.const_data<uint8_t>() + mask_offsets[i]);
     if (gradient.job().numel > 0) jobs.push_back(gradient.job());
   }
   if (!jobs.empty()) Backend::run(StraightThroughJobs{jobs.data(), static_cast<int64_t>(jobs.size())}, mask);
@@ -453,18 +341,18 @@ std::tuple<Tensor, Tensor> min_max(const Tensor& input, Axis axis) {
 
 template <class Backend>
 void implement(torch::stable::detail::StableLibrary& m) {
-  m.impl("fake_quantize", Boxed<&fake_quantize<Backend>>::call);
-  m.impl("fake_quantize_", Boxed<&fake_quantize_<Backend>>::call);
-  m.impl("fake_quantize.per_tensor", Boxed<&fake_quantize_per_tensor<Backend>>::call);
-  m.impl("fake_quantize_.per_tensor", Boxed<&fake_quantize_per_tensor_<Backend>>::call);
-  m.impl("fake_quantize.number", Boxed<&fake_quantize_number<Backend>>::call);
-  m.impl("fake_quantize_.number", Boxed<&fake_quantize_number_<Backend>>::call);
-  m.impl("fake_quantize_in_range", Boxed<&fake_quantize_in_range<Backend>>::call);
-  m.impl("fake_quantize_in_range_", Boxed<&fake_quantize_in_range_<Backend>>::call);
+  m.impl("fake_quantize", Boxed<&fake_quantize<Backend, false>>::call);
+  m.impl("fake_quantize_", Boxed<&fake_quantize<Backend, true>>::call);
+  m.impl("fake_quantize.per_tensor", Boxed<&fake_quantize_per_tensor<Backend, false>>::call);
+  m.impl("fake_quantize_.per_tensor", Boxed<&fake_quantize_per_tensor<Backend, true>>::call);
+  m.impl("fake_quantize.number", Boxed<&fake_quantize_number<Backend, false>>::call);
+  m.impl("fake_quantize_.number", Boxed<&fake_quantize_number<Backend, true>>::call);
+  m.impl("fake_quantize_in_range", Boxed<&fake_quantize_in_range<Backend, false>>::call);
+  m.impl("fake_quantize_in_range_", Boxed<&fake_quantize_in_range<Backend, true>>::call);
   m.impl("fake_quantize_current", Boxed<&fake_quantize_current<Backend>>::call);
   m.impl("fake_quantize_current_each", Boxed<&fake_quantize_current_each<Backend>>::call);
-  m.impl("observe_fake_quantize", Boxed<&observe_fake_quantize<Backend>>::call);
-  m.impl("observe_fake_quantize_", Boxed<&observe_fake_quantize_<Backend>>::call);
+  m.impl("observe_fake_quantize", Boxed<&observe_fake_quantize<Backend, false>>::call);
+  m.impl("observe_fake_quantize_", Boxed<&observe_fake_quantize<Backend, true>>::call);
   m.impl("fake_quantize_learned_backward", Boxed<&fake_quantize_learned_backward<Backend>>::call);
   m.impl("straight_through", Boxed<&straight_through<Backend>>::call);
   m.impl("straight_through_each", Boxed<&straight_through_each<Backend>>::call);
@@ -473,9 +361,6 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
-#if defined(QUANTKERNELS_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
-#endif
+QK_IMPLEMENT_ON_EVERY_DEVICE
 
 }  // namespace qk::ops

@@ -69,15 +69,11 @@ Tensor empty_in_layout(const Tensor& like, Layout layout) {
   return empty_strided(like, like.sizes(), strides.data(), like.dim(), like.dtype());
 }
 
-Tensor empty_mask(const Tensor& like) { return empty_vector(like, (like.numel() + 7) / 8, aoti_torch_dtype_uint8()); }
+Tensor empty_mask(const Tensor& like) { return empty_vector(like, mask_bytes(like), aoti_torch_dtype_uint8()); }
 
 Prepared prepare(const Tensor& input, bool in_place) {
   const Layout layout = dense_layout(input).value_or(Layout::kContiguous);
   return {Dense(input, layout), in_place ? Tensor() : empty_in_layout(input, layout), empty_mask(input), layout};
-}
-
-void write_back(const Prepared& prepared, const Tensor& input) {
-  if (prepared.source.is_copy()) copy_into(input, *prepared.source);
 }
 
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis) {

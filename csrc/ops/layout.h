@@ -2,6 +2,9 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "../jobs.h"
 #include "tensor.h"
@@ -33,7 +36,7 @@ class Dense {
 // dimensions of one element say nothing about memory, but torch takes [C, 1, 3, 3] for channels_last by them.
 Tensor empty_in_layout(const Tensor& like, Layout layout);
 
-// ceil(numel / 8) bytes on the device of `like`.
+// One bit for each element of `like`, on its device.
 Tensor empty_mask(const Tensor& like);
 
 // Where an operator with a mask reads and writes: dense tensors, prepared from whatever strides the caller has.
@@ -48,8 +51,19 @@ struct Prepared {
 
 Prepared prepare(const Tensor& input, bool in_place);
 
-// In place on strides that are not dense, the result goes back through a copy.
-void write_back(const Prepared& prepared, const Tensor& input);
+// What a quantizer returns: its output and the mask, or in place the mask alone.
+template <bool kInPlace>
+using Quantized = std::conditional_t<kInPlace, Tensor, std::tuple<Tensor, Tensor>>;
+
+template <bool kInPlace>
+Quantized<kInPlace> results(Prepared prepared, const Tensor& input) {
+  if constexpr (kInPlace) {
+    if (prepared.source.is_copy()) copy_into(input, *prepared.source);
+    return std::move(prepared.mask);
+  } else {
+    return {std::move(prepared.fresh), std::move(prepared.mask)};
+  }
+}
 
 // How memory in `layout` splits around the axis; one channel without axis.
 ChannelView view_around(const Tensor& tensor, Layout layout, std::optional<int64_t> axis);

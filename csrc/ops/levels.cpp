@@ -35,7 +35,7 @@ LevelsJob levels_job(const char* op, const Tensor& values, const Tensor& range, 
     fail(op, "levels", "of shape [", bytes, "], but got ", shape_text(levels));
   }
   check_contiguous(op, "levels", levels);
-  const float* const ends = static_cast<const float*>(range.const_data_ptr());
+  const float* const ends = range.const_data<float>();
   LevelsJob job{};
   job.dtype = dtype;
   job.numel = values.numel();
@@ -46,7 +46,7 @@ LevelsJob levels_job(const char* op, const Tensor& values, const Tensor& range, 
   const auto parameters = choose_parameters(ends[0], ends[1], job.quant_min, job.quant_max, symmetric);
   job.scale = parameters.scale;
   job.zero_point = parameters.zero_point;
-  job.levels = static_cast<uint8_t*>(levels.mutable_data_ptr());
+  job.levels = levels.mutable_data<uint8_t>();
   job.values = values.mutable_data_ptr();
   return job;
 }
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> pack_levels(const Tensor& values, const Tensor& range
   Tensor levels = empty_vector(values, bytes, aoti_torch_dtype_uint8());
   Tensor exact = empty_vector(values, 1, aoti_torch_dtype_bool());
   const LevelsJob job = levels_job("pack_levels", values, range, quant_min, quant_max, symmetric, levels);
-  *static_cast<bool*>(exact.mutable_data_ptr()) = job.scale > 0.0f && cpu::pack(job, &Cpu::parallel_for);
+  *exact.mutable_data<bool>() = job.scale > 0.0f && cpu::pack(job, &Cpu::parallel_for);
   return {std::move(levels), std::move(exact)};
 }
 

@@ -34,9 +34,6 @@ void check_ranges(const char* op, const char* list, const Tensors& tensors, cons
   }
 }
 
-const float* pointer(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* mutable_pointer(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
 template <class Backend>
 void begin_step(const Tensors& ranges, const Tensors& active, const Tensors& pending, const Tensor& step,
                 const std::vector<int64_t>& quant_start_steps) {
@@ -48,10 +45,10 @@ void begin_step(const Tensors& ranges, const Tensors& active, const Tensors& pen
   check_length(kOp, "quant_start_steps", " numbers", quant_start_steps.size(), ranges);
   std::vector<BeginStep> steps;
   for (size_t i = 0; i < ranges.size(); ++i) {
-    steps.push_back({pointer(ranges[i]), mutable_pointer(active[i]), mutable_pointer(pending[i]), ranges[i].numel() / 2,
-                     quant_start_steps[i]});
+    steps.push_back({ranges[i].const_data<float>(), active[i].mutable_data<float>(), pending[i].mutable_data<float>(),
+                     ranges[i].numel() / 2, quant_start_steps[i]});
   }
-  const int64_t* const counter = static_cast<const int64_t*>(step.const_data_ptr());
+  const int64_t* const counter = step.const_data<int64_t>();
   Backend::run(BeginStepJob{steps.data(), static_cast<int64_t>(steps.size()), counter}, step);
 }
 
@@ -67,10 +64,10 @@ void end_step(const Tensors& ranges, const Tensors& pending, const std::vector<d
   }
   std::vector<EndStep> steps;
   for (size_t i = 0; i < ranges.size(); ++i) {
-    steps.push_back(
-        {mutable_pointer(ranges[i]), pointer(pending[i]), ranges[i].numel() / 2, static_cast<float>(momenta[i])});
+    steps.push_back({ranges[i].mutable_data<float>(), pending[i].const_data<float>(), ranges[i].numel() / 2,
+                     static_cast<float>(momenta[i])});
   }
-  int64_t* const counter = static_cast<int64_t*>(step.mutable_data_ptr());
+  int64_t* const counter = step.mutable_data<int64_t>();
   Backend::run(EndStepJob{steps.data(), static_cast<int64_t>(steps.size()), counter}, step);
 }
 
@@ -82,9 +79,6 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CPU, m) { implement<Cpu>(m); }
-#if defined(QUANTKERNELS_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(quantkernels, CUDA, m) { implement<Cuda>(m); }
-#endif
+QK_IMPLEMENT_ON_EVERY_DEVICE
 
 }  // namespace qk::ops

@@ -57,6 +57,14 @@ class Tensor {
   int32_t device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
   const void* const_data_ptr() const { return ask<const void*>(torch_get_const_data_ptr); }
   void* mutable_data_ptr() const { return ask<void*>(torch_get_mutable_data_ptr); }
+  template <class T>
+  const T* const_data() const {
+    return static_cast<const T*>(const_data_ptr());
+  }
+  template <class T>
+  T* mutable_data() const {
+    return static_cast<T*>(mutable_data_ptr());
+  }
 
  private:
   struct Delete {
@@ -86,6 +94,9 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   return empty_strided(like, &size, &stride, 1, dtype);
 }
+
+// Of a mask with one bit for each element.
+inline int64_t mask_bytes(const Tensor& tensor) { return (tensor.numel() + 7) / 8; }
 
 inline void copy_into(const Tensor& target, const Tensor& source) {
   check_torch(aoti_torch_copy_(target.get(), source.get(), 0));

@@ -9,14 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/activation.cu"
-#include "cuda/affine.cu"
-#include "cuda/batch_norm.cu"
-#include "cuda/dorefa.cu"
-#include "cuda/each.cu"
-#include "cuda/extrema.cu"
-#include "cuda/learned.cu"
-#include "cuda/ranges.cu"
+#include "cuda/run_cuda.h"
+#include "numerics/half.h"
 
 namespace qk::simt {
 namespace {

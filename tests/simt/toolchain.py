@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,13 @@ _COMMON = (
 )
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 _EMULATOR = ("simt.cpp", "meeting.cpp", "fiber.cpp", "shared_arena.cpp", "runtime_api.cpp")
+KERNELS = tuple(sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu")))
+_CPU_ONLY = ("levels.cpp", "library.cpp")
+_OPERATORS = tuple(s for s in sorted((REPOSITORY / "csrc" / "ops").glob("*.cpp")) if s.name not in _CPU_ONLY)
+_OPERATORS_FLAGS = ("-DQUANTKERNELS_WITH_CUDA", "-DQUANTKERNELS_EMULATED")
+_TORCH_TARGET_VERSION = "0x020a000000000000"  # as in setup.py
+# Functions of torch in whose place operators.cpp has others.
+_WRAPPED = ("aoti_torch_create_device_guard", "aoti_torch_empty_strided")
 
 
 @dataclass(frozen=True)
@@ -66,26 +74,33 @@ INITCHECK = Flavour(
 
 
 @functools.cache
-def build_executable(source: Path, flavour: Flavour = PLAIN) -> Path:
-    """Compiles one source file and the emulator to a program; returns its path."""
-    objects = _compile_all(source, flavour)
-    return _link(objects, flavour.link_flags, source.stem)
+def build_executable(sources: tuple[Path, ...], flavour: Flavour = PLAIN) -> Path:
+    """Compiles sources and the emulator to a program named after the first; returns its path."""
+    return _link(_compile_all(flavour, dict.fromkeys(sources, ())), flavour.link_flags, sources[0].stem)
 
 
 @functools.cache
-def build_module(source: Path, flavour: Flavour = PLAIN) -> ModuleType:
+def build_module(source: Path) -> ModuleType:
     """Compiles `PYBIND11_MODULE(stem, m)` in stem.cpp and the emulator to a module; returns it imported."""
-    import pybind11
+    return _import(_link(_compile_all(PLAIN, {source: _python_flags()}), ("-shared",), f"{source.stem}.so"))
 
-    includes = (f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}")
-    objects = _compile_all(source, flavour, *includes)
-    library = _link(objects, (*flavour.link_flags, "-shared"), f"{source.stem}.so")
-    spec = importlib.util.spec_from_file_location(source.stem, library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+@functools.cache
+def build_operators() -> ModuleType:
+    """Compiles operators.cpp, csrc/ops, csrc/cuda and the emulator to a module; returns it imported.
+
+    Every operator that has a CUDA kernel then has one for the dispatch key PrivateUse1, which takes tensors of the CPU.
+    """
+    import torch
+
+    torch_home = Path(torch.__file__).parent
+    torch_flags = (f"-isystem{torch_home / 'include'}", f"-DTORCH_TARGET_VERSION={_TORCH_TARGET_VERSION}")
+    binding = SIMT / "operators.cpp"
+    units = dict.fromkeys((binding, *_OPERATORS), (*torch_flags, *_OPERATORS_FLAGS)) | dict.fromkeys(KERNELS, ())
+    units[binding] += _python_flags()
+    libraries = (f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10")
+    wrapped = (f"-Wl,--wrap={name}" for name in _WRAPPED)
+    return _import(_link(_compile_all(PLAIN, units), ("-shared", *wrapped, *libraries), f"{binding.stem}.so"))
 
 
 def run(program: Path, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -128,19 +143,31 @@ def _launcher() -> tuple[str, ...]:
     return command if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0 else ()
 
 
-def _compile_all(source: Path, flavour: Flavour, *flags: str) -> list[Path]:
-    """The objects of the kernels' source file and of the emulator."""
+def _python_flags() -> tuple[str, ...]:
+    import pybind11
+
+    return f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"
+
+
+def _import(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile_all(flavour: Flavour, sources: Mapping[Path, tuple[str, ...]]) -> list[Path]:
+    """The objects of the sources, each with flags of its own, and of the emulator."""
+    units = {source: (*flavour.kernel_flags, *flags) for source, flags in sources.items()}
+    units |= dict.fromkeys((SIMT / name for name in flavour.emulator_sources), ("-O2", *flavour.emulator_flags))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = pool.submit(_compile, source, (*flavour.kernel_flags, *_WARNINGS, *flags))
-        emulator = [
-            pool.submit(_compile, SIMT / name, ("-O2", *_WARNINGS, *flavour.emulator_flags))
-            for name in flavour.emulator_sources
-        ]
-        return [kernels.result(), *(unit.result() for unit in emulator)]
+        return list(pool.map(_compile, units, units.values()))
 
 
 def _compile(source: Path, flags: tuple[str, ...]) -> Path:
-    command = [_COMPILER, *_COMMON, *flags, "-c", str(source)]
+    command = [_COMPILER, *_COMMON, *_WARNINGS, *flags, "-c", "-xc++", str(source)]
     return _cached(command, _dependencies(command), f"{source.stem}.o")
 
 
