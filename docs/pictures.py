@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md with the library itself; docs/hooks.py adds them to the site.
+"""Draws the pictures of the site with the library itself; docs/hooks.py adds them to it.
 
 `python docs/pictures.py FOLDER` writes them as SVG files. They are made when the site is, and not committed.
 """
@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
-from quantkernels import functional
+from quantkernels import QAT_Quantizer, functional, plot
 from quantkernels.nn import FakeQuantize
 
 _STYLE = {"font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "quantkernels", "axes.grid": True, "grid.alpha": 0.3}
@@ -89,11 +90,47 @@ def folding() -> Figure:
     return figure
 
 
+def layers() -> Figure:
+    """What plot.layers draws of a small network."""
+    quantizer, _ = _trained(steps=20)
+    return plot.layers(quantizer, torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(1)), bins=40)
+
+
+def history() -> Figure:
+    """What plot.RangeHistory draws of its training."""
+    _, history = _trained(steps=300)
+    return history.draw()
+
+
+def _trained(steps: int) -> tuple[QAT_Quantizer, plot.RangeHistory]:
+    """The network of docs/plots.md after some steps in which it learns to tell how much of an image is positive."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 1))
+    config_list = [
+        {"quant_types": ["weight"], "quant_bits": 4, "op_types": ["Conv2d", "Linear"]},
+        {"quant_types": ["output"], "quant_bits": 4, "op_types": ["ReLU"]},
+    ]
+    quantizer = QAT_Quantizer(model, config_list)
+    quantizer.compress()
+    history = plot.RangeHistory(quantizer)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(steps):
+        images = torch.randn(32, 1, 8, 8)
+        loss = (model(images)[:, 0] - images.clamp(min=0).sum((1, 2, 3)) / 10).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.record()
+    return quantizer, history
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "grid": grid,
     "gradient": gradient,
     "ranges": ranges,
     "folding": folding,
+    "layers": layers,
+    "history": history,
 }
 
 

@@ -2,8 +2,9 @@
 
 The quantizers instrument a whole model; :mod:`quantkernels.nn` has the modules they insert,
 :mod:`quantkernels.functional` the operators, :mod:`quantkernels.reference` the same in plain PyTorch;
-:mod:`quantkernels.keras` has the quantizers for Keras. torch is imported, and ``torch.ops.quantkernels`` registered,
-when a part for PyTorch is first used; what only loads an exported program says ``import quantkernels.functional``.
+:mod:`quantkernels.keras` has the quantizers for Keras, :mod:`quantkernels.plot` plots and logs. torch is imported, and
+``torch.ops.quantkernels`` registered, when a part for PyTorch is first used; what only loads an exported program says
+``import quantkernels.functional``.
 """
 
 import importlib
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from quantkernels import export as export
     from quantkernels import functional, recipes, reference
     from quantkernels import nn as nn  # not in __all__: a star import must not shadow torch's
+    from quantkernels import plot as plot
     from quantkernels.quantizers import (
         DoReFaQuantizer,
         LsqQuantizer,
@@ -36,7 +38,7 @@ __all__ = [
     "reference",
 ]
 
-_MODULES = ("export", "functional", "nn", "quantizers", "recipes", "reference")
+_MODULES = ("export", "functional", "nn", "plot", "quantizers", "recipes", "reference")
 
 
 def __getattr__(name: str) -> Any:

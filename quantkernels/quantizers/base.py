@@ -340,7 +340,7 @@ class Quantizer(abc.ABC):
             ValueError: there is no batch.
         """
         self._check_is_compressed("calibrate")
-        forward = forward or _call
+        forward = forward or call_with
         observing = self.observers.observing
         count = 0
         sums: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -348,7 +348,7 @@ class Quantizer(abc.ABC):
             try:
                 for member in observing:
                     member.calibrating = True
-                for batch in _with_progress(batches, progress):
+                for batch in _with_progress(batches, progress, "calibrate"):
                     count += 1
                     self.observers.begin_unquantized()
                     self.observers.in_step = True
@@ -394,7 +394,13 @@ class Quantizer(abc.ABC):
         for norm in _batch_norms(self.model):
             freeze_statistics(norm, False)
 
-    def reestimate_bn(self, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] | None = None) -> None:
+    def reestimate_bn(
+        self,
+        batches: Iterable[Any],
+        forward: Callable[[nn.Module, Any], object] | None = None,
+        *,
+        progress: bool = True,
+    ) -> None:
         """Sets the running statistics of every batch norm from data: each becomes the mean over the batches.
 
         All else runs as in evaluation, quantized; no range changes.
@@ -402,13 +408,14 @@ class Quantizer(abc.ABC):
         Args:
             batches: as in `calibrate`.
             forward: as in `calibrate`.
+            progress: as in `calibrate`.
 
         Raises:
             RuntimeError: the model is not compressed.
             ValueError: there is no batch; the statistics are as they were.
         """
         self._check_is_compressed("reestimate_bn")
-        forward = forward or _call
+        forward = forward or call_with
         norms = [norm for norm in _batch_norms(self.model) if norm.running_mean is not None]
         before = [{name: buffer.clone() for name, buffer in norm._buffers.items()} for norm in norms]
         options = [(norm.momentum, getattr(norm, FROZEN, False)) for norm in norms]
@@ -419,7 +426,7 @@ class Quantizer(abc.ABC):
                     norm.reset_running_stats()
                     norm.momentum, norm.training = None, True
                     freeze_statistics(norm, False)
-                for batch in batches:
+                for batch in _with_progress(batches, progress, "reestimate_bn"):
                     forward(self.model, batch)
                     count += 1
             finally:
@@ -458,7 +465,7 @@ class Quantizer(abc.ABC):
         Returns:
             Rows and notes; see Summary. This reads tensors, so it is not for the inside of a training step.
         """
-        return summarize(self, batch, forward or _call)
+        return summarize(self, batch, forward or call_with)
 
     def export_model(
         self,
@@ -619,7 +626,7 @@ class Quantizer(abc.ABC):
         chains = chains_.chains_of_order(self.model)
         if self.dummy_input is not None:
             with self._evaluation(), torch.no_grad():
-                seen = chains_.chains_of_run(self.model, lambda: _call(self.model, self.dummy_input))
+                seen = chains_.chains_of_run(self.model, lambda: call_with(self.model, self.dummy_input))
             chains |= {norm: chain for norm, chain in seen.items() if chain.ran or chains[norm].activation is None}
         return chains
 
@@ -1108,7 +1115,8 @@ def _innermost(name: str, optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _call(model: nn.Module, batch: Any) -> object:
+def call_with(model: nn.Module, batch: Any) -> object:
+    """Runs `model` on a batch of arguments."""
     if isinstance(batch, dict):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -1116,14 +1124,14 @@ def _call(model: nn.Module, batch: Any) -> object:
     return model(batch)
 
 
-def _with_progress(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
+def _with_progress(batches: Iterable[Any], progress: bool, what: str) -> Iterable[Any]:
     if not progress:
         return batches
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return batches
-    return tqdm(batches, desc="calibrate", unit="batch")  # type: ignore[no-any-return]
+    return tqdm(batches, desc=what, unit="batch")  # type: ignore[no-any-return]
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:

@@ -13,6 +13,7 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -125,6 +126,17 @@ def put_stand_in(module: nn.Module, stand_in: Callable[..., Any] | None) -> None
     if not is_instrumented(module):
         instrument(module, {})
     vars(module)["_stand_in"] = stand_in
+
+
+@contextmanager
+def without_stand_ins(model: nn.Module) -> Iterator[None]:
+    """Within it every layer of `model` computes its own forward, and what comes behind it is computed behind it."""
+    taken = [(module, vars(module).pop("_stand_in")) for module in model.modules() if "_stand_in" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, stand_in in taken:
+            put_stand_in(module, stand_in)
 
 
 def put_fold(module: nn.Module, fold: Callable[..., Tensor] | None) -> None:

@@ -14,6 +14,7 @@ from quantkernels.nn.dorefa import OFF
 from quantkernels.nn.fake_quantize import FakeQuantize
 from quantkernels.nn.learned import LearnedFakeQuantize
 from quantkernels.nn.observers import STEP
+from quantkernels.quantizers import layers as layers_
 from quantkernels.quantizers.config import config_notes, deciding_entry, named_modules
 from quantkernels.quantizers.table import Summary as Summary
 from quantkernels.quantizers.table import SummaryRow as SummaryRow
@@ -149,25 +150,40 @@ def _measure(
     """The share clipped, and the SQNR, of what each observing module meets in one forward on `batch`."""
     figures: dict[nn.Module, tuple[float | None, float | None]] = {}
 
-    def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        assert isinstance(module, FakeQuantize | LearnedFakeQuantize)
-        figures[module] = _figures(module, inputs.pop(module), output)
+    def record(module: FakeQuantize | LearnedFakeQuantize, input: Tensor, output: Tensor) -> None:
+        figures[module] = _figures(module, input, output)
 
-    inputs: dict[nn.Module, Tensor] = {}
+    watch(quantizer, batch, forward, record)
+    return figures
+
+
+def watch(
+    quantizer: Quantizer,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], object],
+    record: Callable[[Any, Tensor, Tensor], None],
+) -> None:
+    """Calls `record` with each observing module, what it quantizes and the result, in one evaluated forward on `batch`.
+
+    What is computed in one operator with a quantization is computed apart from it, for which a quantizer is called.
+    """
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         inputs[module] = args[0].detach().clone()
 
+    def told(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        record(module, inputs.pop(module), output)
+
+    inputs: dict[nn.Module, Tensor] = {}
     handles = []
     for member in quantizer.observers.observing:
-        handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(record)]
+        handles += [member.register_forward_pre_hook(keep), member.register_forward_hook(told)]
     try:
-        with quantizer._evaluation(), torch.no_grad():
+        with quantizer._evaluation(), torch.no_grad(), layers_.without_stand_ins(quantizer.model):
             forward(quantizer.model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    return figures
 
 
 def _figures(
