@@ -31,7 +31,7 @@ def emulated(operator: Any) -> Call:
 
 @contextmanager
 def kernels_in_place(key: str, way: Callable[[Any], Call]) -> Iterator[list[str]]:
-    """In place of the CPU kernels of operators with a kernel for `key`: ``way(operator)``; gives the names of those run."""
+    """For operators with a kernel for `key`: ``way(operator)`` in place of the CPU kernel; gives the names of those run."""
     called: list[str] = []
 
     def noted(operator: Any) -> Call:
