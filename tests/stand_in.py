@@ -31,7 +31,7 @@ def emulated(operator: Any) -> Call:
 
 @contextmanager
 def kernels_in_place(key: str, way: Callable[[Any], Call]) -> Iterator[list[str]]:
-    """For operators that have a kernel for `key`, ``way(operator)`` in place of the CPU's; gives the names of those run."""
+    """Runs ``way(operator)`` in place of the CPU kernel where `key` has one too; gives the names of those run."""
     called: list[str] = []
 
     def noted(operator: Any) -> Call:
