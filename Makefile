@@ -14,7 +14,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 demo: $(VENV)/.installed-demo quantkernels/_C.so
 	$(BIN)/python -m quantkernels.demo
 
-# Compares the quantizers at four bit widths on two tasks; prints tables, draws docs/accuracy.png. A quarter of an hour.
+# Compares the quantizers at four bit widths on two tasks; prints tables, draws docs/accuracy.png. It takes minutes.
 accuracy: $(VENV)/.installed-examples quantkernels/_C.so
 	$(BIN)/python examples/accuracy.py --output docs
 

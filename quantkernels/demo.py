@@ -218,12 +218,17 @@ class Training:
         return float((predicted == self.digits.test_labels).double().mean())
 
 
-def measure(epochs: int, seeds: int, advance: Callable[[], object]) -> list[Result]:
+def measure(
+    epochs: int,
+    seeds: int,
+    advance: Callable[[], object],
+    configurations: Sequence[Configuration] = CONFIGURATIONS,
+) -> list[Result]:
     """Trains every configuration from `seeds` seeds for `epochs` epochs; calls `advance` after each epoch of each."""
     digits = load_harder_digits()
-    results = [Result(configuration.name) for configuration in CONFIGURATIONS]
+    results = [Result(configuration.name) for configuration in configurations]
     for seed in range(seeds):
-        trainings = [Training(configuration, digits, seed, epochs) for configuration in CONFIGURATIONS]
+        trainings = [Training(configuration, digits, seed, epochs) for configuration in configurations]
         for _ in range(epochs):
             for result, training in zip(results, trainings, strict=True):
                 result.seconds.append(training.train_epoch())
@@ -285,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError as error:
         raise SystemExit("The demo needs tqdm for its progress bar; run: pip install scikit-learn tqdm") from error
 
-    train, rows = measure, len(CONFIGURATIONS)
+    train: Callable[[int, int, Callable[[], object]], list[Result]] = measure
+    rows = len(CONFIGURATIONS)
     if options.keras:
         from quantkernels.keras import demo as keras_demo
 

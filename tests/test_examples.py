@@ -214,7 +214,7 @@ def quick_rows(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_accuracy_has_every_row_and_a_picture(quick_rows: Any) -> None:
     rows, folder = quick_rows
-    assert len(rows) == 2 * (1 + 3 + 4 * 4)  # tasks; float, Naive, and four methods at four widths
+    assert len(rows) == 2 * (1 + 3 + 3 * 4) + 4  # tasks; float, Naive, three methods at four widths; DoReFa on digits
     assert {row["task"] for row in rows} == {"text", "digits"}
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     scores = {task: [float(row["score"]) for row in rows if row["task"] == task] for task in ("text", "digits")}
@@ -254,6 +254,25 @@ def test_accuracy_table_and_verdicts() -> None:
     assert "digits, W4A4: QAT is +30.000 better than rounded (10.0 deviations)" in verdicts
     assert "text, W4A4: QAT is -30.000 better than rounded (-10.0 deviations)" in verdicts  # fewer bits are better
     assert "digits, W2A2: LSQ is +20.000 better than QAT (5.0 deviations)" in verdicts
+
+
+def test_accuracy_page_has_the_figures_of_the_file_beside_it() -> None:
+    docs = EXAMPLES.parent / "docs"
+    with (docs / "accuracy.csv").open(newline="") as file:
+        rows = [
+            accuracy.Row(
+                row["task"],
+                row["method"],
+                int(row["weight_bits"]),
+                int(row["activation_bits"]),
+                int(row["seed"]),
+                float(row["score"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+    page = (docs / "accuracy.md").read_text()
+    for task in accuracy.TASKS:
+        assert accuracy.table(rows, task) in page
 
 
 def test_accuracy_reads_the_standard_library() -> None:
