@@ -36,7 +36,7 @@ from quantkernels import DoReFaQuantizer, LsqQuantizer, NaiveQuantizer, QAT_Quan
 WIDTHS = ((8, 8), (4, 8), (4, 4), (2, 2))  # of weights and activations
 NO_WIDTHS = (32, 32)
 FLOAT, ROUNDED, NAIVE, QAT, LSQ, DOREFA = METHODS = ("float", "rounded", "Naive", "QAT", "LSQ", "DoReFa")
-QUICK = 0.02  # the share of the steps that the quick mode takes
+QUICK = 0.005  # the share of the steps that the quick mode takes
 
 
 class Row(NamedTuple):

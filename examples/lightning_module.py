@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for step, figures in kept.entries:
         if "quantization/relu1/output/high" in figures:
             high, noise = (figures[f"quantization/{name}"] for name in ("relu1/output/high", "conv2/weight/sqnr"))
-            print(f"{step:>4}{high:>19.3f}{noise:>28.1f}")
+            print(f"{step:<4}{high:>19.3f}{noise:>28.1f}")
     print(f"\ntest accuracy at W4A4: {result['accuracy']:.2%}")
 
 

@@ -49,7 +49,7 @@ def restored_settings() -> Iterator[None]:
 
 def rows_of(text: str) -> dict[str, list[float]]:
     """The numbers at the end of each line of a table, by what stands in front of them."""
-    found = re.findall(r"^(\S.*?)((?:\s{2,}-?[\d.]+(?:e[-+]\d+)?%?)+)$", text, re.MULTILINE)
+    found = re.findall(r"^(\S.*?)((?: {2,}-?[\d.]+(?:e[-+]\d+)?%?)+)$", text, re.MULTILINE)
     return {name: [float(number.rstrip("%")) for number in numbers.split()] for name, numbers in found}
 
 
