@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo dorefa test test-keras bench gpu-check cuda-report docs lint format build clean
+.PHONY: demo accuracy dorefa test test-keras bench gpu-check cuda-report docs lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 # Trains a small network on real data with every quantizer and prints a table.
 demo: $(VENV)/.installed-demo quantkernels/_C.so
 	$(BIN)/python -m quantkernels.demo
+
+# Compares the quantizers at four bit widths on two tasks; prints tables, draws docs/accuracy.png. It takes minutes.
+accuracy: $(VENV)/.installed-examples quantkernels/_C.so
+	$(BIN)/python examples/accuracy.py --output docs
 
 # Trains the W/A/G grid of DoReFa-Net on scikit-learn's digits; prints a table, draws dorefa_digits.png.
 dorefa: $(VENV)/.installed-examples quantkernels/_C.so

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from quantkernels import DoReFaQuantizer
-from quantkernels.demo import TEST_IMAGES, Digits, load_digits
+from quantkernels.demo import Digits, load_digits
 
 BATCH_SIZE = 64
 LEARNING_RATE = 4e-3
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(accuracies))
     print(
         f"\nMean and standard deviation over {options.seeds} seeds, {options.epochs} epochs each, "
-        f"{TEST_IMAGES} test images; {time.perf_counter() - start:.0f} s, of which "
+        f"597 test images; {time.perf_counter() - start:.0f} s, of which "
         f"{time.process_time():.0f} s of processor time."
     )
     draw(options.output, accuracies)

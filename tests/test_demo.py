@@ -1,5 +1,6 @@
 """The demo: the accuracies that are promised, repeated exactly; the widths of the weights; the table."""
 
+import copy
 import statistics
 import sys
 
@@ -23,37 +24,56 @@ def one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_every_quantizer_reaches_its_accuracy() -> None:
-    results = demo.measure(epochs=10, seeds=3, advance=lambda: None)
+    left_out = ("Naive, 8-bit weights", "QAT, 4-bit weights, 8-bit outputs", "QAT W4A4")  # between those that are told
+    configurations = [configuration for configuration in demo.CONFIGURATIONS if configuration.name not in left_out]
+    assert len(configurations) == len(demo.CONFIGURATIONS) - len(left_out)
+    results = demo.measure(demo.EPOCHS, 2, lambda: None, configurations)
     accuracy = {result.name: statistics.fmean(result.accuracy) for result in results}
-    assert accuracy["QAT, 8-bit weights and outputs"] >= accuracy["float"] - 0.01
-    assert accuracy["LSQ W2A2"] >= accuracy.pop("QAT W2A2") + 0.02
-    assert accuracy["LSQ W4A4"] >= accuracy["float"] - 0.01
-    assert accuracy.pop("DoReFa W1A2") > 0.85
-    assert min(accuracy.values()) > 0.90, accuracy
+    assert accuracy["QAT, 8-bit weights and outputs"] >= accuracy["float"] - 0.015
+    assert accuracy["LSQ W4A4"] >= accuracy["float"] - 0.025
+    assert accuracy["LSQ W2A2"] >= accuracy["QAT W2A2"] + 0.02
+    assert min(accuracy["QAT W2A2"], accuracy["DoReFa W1A2"], accuracy["DoReFa W8A8"]) > 0.45  # guessing gets 0.10
+    assert accuracy["float"] > 0.78
 
 
 FOLDED = next(c for c in demo.CONFIGURATIONS if c.name == "QAT, 8-bit weights and outputs")
 
 
+def trained_on(training: demo.Training, epochs: int = 3) -> float:
+    """The accuracy after some more epochs, at a smaller learning rate."""
+    training.optimizer = torch.optim.Adam(training.model.parameters(), demo.LEARNING_RATE / 4)
+    training.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(training.optimizer, epochs)
+    for _ in range(epochs):
+        training.train_epoch()
+    return training.accuracy()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_folded_8_bits_lose_at_most_three_tenths_of_a_point() -> None:
-    """Mean of five seeds; the weights are quantized as deployed, with the batch norms folded in."""
-    digits = demo.load_digits()
-    accuracy = []
-    for configuration in (demo.CONFIGURATIONS[0], FOLDED):
-        trainings = [demo.Training(configuration, digits, seed, epochs=10) for seed in range(5)]
-        for training in trainings:
-            for _ in range(10):
-                training.train_epoch()
-        accuracy.append(statistics.fmean(training.accuracy() for training in trainings))
-    assert accuracy[1] >= accuracy[0] - 0.003, accuracy
+    """Mean of three seeds, trained on from a float network as that is; the batch norms are folded into the weights."""
+    digits = demo.load_harder_digits()
+    lost = []
+    for seed in range(3):
+        training = demo.Training(demo.CONFIGURATIONS[0], digits, seed, demo.EPOCHS)
+        for _ in range(demo.EPOCHS):
+            training.train_epoch()
+        trained = copy.deepcopy(training.model)
+        accuracy = [trained_on(training)]
+        training.model = trained
+        quantizer = FOLDED.quantizer(trained)
+        quantizer.compress()
+        assert [chain.producer for chain in quantizer.folded_chains()] == [trained.conv1, trained.conv2, trained.conv3]
+        quantizer.calibrate([digits.images], progress=False)
+        accuracy.append(trained_on(training))
+        lost.append(accuracy[0] - accuracy[1])
+    assert statistics.fmean(lost) <= 0.003, lost
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_after_freezing_batch_norm_training_computes_what_evaluation_does() -> None:
     """The loss on one batch: before, they are a per cent and more apart; after, a few roundings of float32."""
-    digits = demo.load_digits()
+    digits = demo.load_harder_digits()
     training = demo.Training(FOLDED, digits, seed=0, epochs=2)
     training.train_epoch()
     model, images, labels = training.model, digits.images[:64], digits.labels[:64]
@@ -74,7 +94,7 @@ def test_after_freezing_batch_norm_training_computes_what_evaluation_does() -> N
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("configuration", demo.CONFIGURATIONS, ids=lambda configuration: configuration.name)
 def test_training_repeats_exactly(configuration: demo.Configuration) -> None:
-    digits = demo.load_digits()
+    digits = demo.load_harder_digits()
     states = []
     for _ in range(2):
         training = demo.Training(configuration, digits, seed=3, epochs=1)
@@ -88,7 +108,7 @@ def test_bits_per_weight_counts_what_stays_float() -> None:
     assert demo.bits_per_weight(model, None) == 32
     quantizer = DoReFaQuantizer(model, [{"q_bits": 1, "op_types": ["Conv2d"]}])
     quantizer.compress()
-    convolutions, linear = 9 * (16 + 16 * 32 + 32 * 64), 256 * 10
+    convolutions, linear = 9 * (8 + 8 * 16 + 16 * 32), 32 * 9 * 10
     assert demo.bits_per_weight(model, quantizer) == (convolutions + 32 * linear) / (convolutions + linear)
 
 

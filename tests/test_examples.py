@@ -1,20 +1,22 @@
-"""The examples: dorefa_digits at a small size, dorefa_svhn on .mat files written here, and the messages of both."""
+"""The examples, at a small size: what they print at their end, and what they say where something is missing."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="the examples' data and SVHN's reader come with scikit-learn")
-io = pytest.importorskip("scipy.io")
+pytest.importorskip("sklearn", reason="the examples' data are scikit-learn's")
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -31,7 +33,7 @@ def load(name: str) -> ModuleType:
 
 
 digits = load("dorefa_digits")
-svhn = load("dorefa_svhn")
+accuracy = load("accuracy")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,12 @@ def restored_settings() -> Iterator[None]:
     torch.set_num_threads(threads)
     if torch.are_deterministic_algorithms_enabled() != deterministic:
         torch.use_deterministic_algorithms(deterministic)
+
+
+def rows_of(text: str) -> dict[str, list[float]]:
+    """The numbers at the end of each line of a table, by what stands in front of them."""
+    found = re.findall(r"^(\S.*?)((?: {2,}-?[\d.]+(?:e[-+]\d+)?%?)+)$", text, re.MULTILINE)
+    return {name: [float(number.rstrip("%")) for number in numbers.split()] for name, numbers in found}
 
 
 def quantized_layers(quantizer: Any) -> dict[str, dict[str, int]]:
@@ -127,159 +135,150 @@ def test_digits_needs_at_least_one(option: str, capsys: pytest.CaptureFixture[st
     assert "--seeds and --epochs must be at least 1" in capsys.readouterr().err
 
 
-# dorefa_svhn
+# Each of these ends with a table.
 
 
-def write_mat(path: Path, labels: list[int], seed: int = 0) -> Any:
-    """Writes a file of SVHN's form and returns its images, [32, 32, 3, N]."""
-    images = np.random.default_rng(seed).integers(0, 256, (32, 32, 3, len(labels)), dtype=np.uint8)
-    io.savemat(path, {"X": images, "y": np.array(labels, dtype=np.uint8)[:, None]})
-    return images
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # torch.onnx's own
+def test_image_network_is_deployed(capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    load("image_network").main(["--epochs", "4"])
+    rows = rows_of(capsys.readouterr().out)
+    (trained,), (deployed,) = rows["quantization-aware training"], rows["integer ONNX in ONNX Runtime"]
+    assert trained > 50  # guessing gets 10 %
+    assert abs(deployed - trained) < 0.5
+    assert set(rows) == {
+        "float",
+        "rounded, not trained on",
+        "quantization-aware training",
+        "integer ONNX in ONNX Runtime",
+    }
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A directory with 12 training, 6 extra and 5 test images."""
-    for seed, (name, count) in enumerate({"train": 12, "extra": 6, "test": 5}.items()):
-        write_mat(tmp_path / f"{name}_32x32.mat", [1 + i % 10 for i in range(count)], seed)
-    return tmp_path
+def test_gpt_at_w4a8(capsys: pytest.CaptureFixture[str]) -> None:
+    load("w4a8_gpt").main(["--steps", "60"])
+    rows = {name: value for name, (value,) in rows_of(capsys.readouterr().out).items()}
+    assert list(rows) == ["float", "W4A8, not trained on", "W4A8, trained on", "the same, converted"]
+    assert rows["W4A8, trained on"] < rows["W4A8, not trained on"] < 6  # guessing among 128 gets 7
+    assert rows["the same, converted"] == pytest.approx(rows["W4A8, trained on"], abs=2e-3)
 
 
-def svhn_arguments(data: Path, *more: str) -> list[str]:
-    fixed = ["--data", str(data), "--batch-size", "6", "--checkpoint", str(data / "run.pt")]
-    return [*fixed, *more]
+def test_distributed_processes_agree(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(EXAMPLES / "distributed.py"), "--epochs", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = rows_of(result.stdout)
+    assert list(rows) == ["float", "QAT", "LSQ"]
+    for name, (right, difference) in rows.items():
+        assert 0 < right < 100, name
+        assert difference == 0, name
 
 
-def test_svhn_reads_images_and_labels(tmp_path: Path) -> None:
-    written = write_mat(tmp_path / "train_32x32.mat", [1, 10, 9, 10])
-    read = svhn.load_digits(tmp_path / "train_32x32.mat")
-    assert read.labels.tolist() == [1, 0, 9, 0]
-    assert read.images.dtype == torch.uint8
-    assert read.images.shape == (4, 3, 32, 32)
-    row, column, channel, image = 5, 7, 2, 3
-    assert read.images[image, channel, row, column] == written[row, column, channel, image]
-    assert torch.equal(read.images, torch.from_numpy(written.transpose(3, 2, 0, 1).copy()))
+def test_huggingface_encoder_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    load("huggingface_encoder").main(["--epochs", "1"])
+    rows = rows_of(capsys.readouterr().out)
+    assert list(rows) == ["float", "QAT W4A8", "LSQ W4A8"]
+    assert min(right for _, right in rows.values()) > 60  # guessing gets about 50 %
 
 
-def test_svhn_extra_follows_train(data: Path) -> None:
-    parts = [svhn.load_digits(data / f"{name}_32x32.mat") for name in ("train", "extra")]
-    both = svhn.load_training_digits(data, extra=True)
-    assert torch.equal(both.images, torch.cat([part.images for part in parts]))
-    assert torch.equal(both.labels, torch.cat([part.labels for part in parts]))
-    assert len(svhn.load_training_digits(data, extra=False).labels) == 12
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # of few workers and few batches
+def test_lightning_logs_the_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning")
+    load("lightning_module").main(["--epochs", "2"])
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    assert list(rows) == ["12", "24"]  # a line an epoch
+    assert all(high > 0 and noise > 5 for high, noise in rows.values())
+    assert float(re.search(r"W4A4: (.*)%", out)[1]) > 20
 
 
-@pytest.mark.parametrize("name", ["train", "extra", "test"])
-def test_svhn_says_what_file_is_absent_before_it_trains(data: Path, name: str) -> None:
-    (data / f"{name}_32x32.mat").unlink()
-    with pytest.raises(SystemExit, match=rf"{name}_32x32\.mat is absent; download {name}_32x32\.mat from http://ufldl"):
-        svhn.main(svhn_arguments(data, "--extra", "--epochs", "1"))
-    assert not (data / "run.pt").exists()
+# accuracy
 
 
-def test_svhn_refuses_what_is_no_such_file(tmp_path: Path) -> None:
-    path = tmp_path / "train_32x32.mat"
-    path.write_bytes(b"<html>Not found</html>" * 100)
-    with pytest.raises(SystemExit, match=r"is no \.mat file with X and y; download it again"):
-        svhn.load_digits(path)
-    io.savemat(path, {"X": np.zeros((32, 32, 3, 4), np.uint8)})
-    with pytest.raises(SystemExit, match=r"is no \.mat file with X and y"):
-        svhn.load_digits(path)
-    io.savemat(path, {"X": np.zeros((3, 32, 32, 4), np.uint8), "y": np.ones((4, 1))})
-    with pytest.raises(SystemExit, match=r"expected X to be uint8 \[32, 32, 3, 4\], but got uint8 \(3, 32, 32, 4\)"):
-        svhn.load_digits(path)
-    write_mat(path, [0, 3])
-    with pytest.raises(SystemExit, match="expected the labels to be from 1 to 10, but got 0 to 3"):
-        svhn.load_digits(path)
+@pytest.fixture(scope="module")
+def quick_rows(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a quick run has written, and the folder."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    accuracy.TextTask.windows = 32
+    accuracy.main(["--quick", "--seeds", "1", "--processes", "1", "--output", str(folder)])
+    with (folder / "accuracy.csv").open(newline="") as file:
+        return list(csv.DictReader(file)), folder
 
 
-def test_svhn_names_the_missing_package(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(SystemExit, match=r"\.mat files need scipy; run: pip install scipy"):
-        svhn.load_digits(data / "train_32x32.mat")
+def test_accuracy_has_every_row_and_a_picture(quick_rows: Any) -> None:
+    rows, folder = quick_rows
+    assert len(rows) == 2 * (1 + 3 + 3 * 4) + 4  # tasks; float, Naive, three methods at four widths; DoReFa on digits
+    assert {row["task"] for row in rows} == {"text", "digits"}
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    scores = {task: [float(row["score"]) for row in rows if row["task"] == task] for task in ("text", "digits")}
+    assert all(1 < bits < 12 for bits in scores["text"])
+    assert all(0 < percent < 100 for percent in scores["digits"])
 
 
-def test_svhn_model_a() -> None:
-    model = svhn.build_model_a()
-    convolutions = [module for module in model if isinstance(module, torch.nn.Conv2d)]
-    assert [tuple(layer.weight.shape) for layer in convolutions] == [
-        (48, 3, 5, 5),
-        (64, 48, 3, 3),
-        (64, 64, 3, 3),
-        (128, 64, 3, 3),
-        (128, 128, 3, 3),
-        (128, 128, 3, 3),
-        (512, 128, 5, 5),
-    ]
-    assert model(torch.rand(2, 3, 40, 40)).shape == (2, 10)
+def test_accuracy_rounding_at_8_bits_is_next_to_nothing(quick_rows: Any) -> None:
+    rows, _ = quick_rows
+    for task, tolerance in (("text", 0.05), ("digits", 2.0)):
+        score = {
+            (row["method"], row["weight_bits"], row["activation_bits"]): float(row["score"])
+            for row in rows
+            if row["task"] == task
+        }
+        assert score["rounded", "8", "8"] == pytest.approx(score["float", "32", "32"], abs=tolerance)
 
 
-def test_svhn_authors_activation_is_the_clipped_magnitude() -> None:
-    layers = dict(svhn.build_model_a(magnitude=True).named_children())
-    x = torch.tensor([-3.0, -0.25, 0.5, 2.0])
-    for index in range(7):
-        assert layers[f"activation{index}"](layers[f"magnitude{index}"](x)).tolist() == [1.0, 0.25, 0.5, 1.0]
+def test_accuracy_table_and_verdicts() -> None:
+    def rows(method: str, bits: tuple[int, int], *values: float) -> list[Any]:
+        return [
+            accuracy.Row(task, method, *bits, seed, value)
+            for task in ("text", "digits")
+            for seed, value in enumerate(values)
+        ]
+
+    measured = rows("float", (32, 32), 90.0, 92.0) + rows("Naive", (4, 32), 80.0)
+    for method, value in (("rounded", 10.0), ("QAT", 40.0), ("LSQ", 60.0), ("DoReFa", 50.0)):
+        measured += rows(method, (4, 4), value, value + 3) + rows(method, (2, 2), value, value + 4)
+    lines = accuracy.table(measured, "digits").splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.strip("|").split("|")[1:]] for line in lines}
+    assert cells["digits"] == ["W8A8", "W4A8", "W4A4", "W2A2"]
+    assert cells["float"] == ["91.00 ± 1.41"] * 4
+    assert cells["Naive"] == ["-", "80.00 ± 0.00", "-", "-"]
+    assert cells["QAT"] == ["-", "-", "41.50 ± 2.12", "42.00 ± 2.83"]
+    verdicts = accuracy.verdicts(measured)
+    assert "digits, W4A4: QAT is +30.000 better than rounded (10.0 deviations)" in verdicts
+    assert "text, W4A4: QAT is -30.000 better than rounded (-10.0 deviations)" in verdicts  # fewer bits are better
+    assert "digits, W2A2: LSQ is +20.000 better than QAT (5.0 deviations)" in verdicts
 
 
-def test_svhn_learns_at_one_bit_weights_and_four_bit_gradients() -> None:
-    settings = svhn.Settings(1, 2, 4, magnitude=False, extra=False, batch_size=8, seed=0)
-    training = svhn.Training(settings, torch.device("cpu"))
-    bars = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    for label in range(8):
-        bars[label, :, 4 * label : 4 * label + 4] = 255
-    losses = [training.train_epoch(svhn.Digits(bars, torch.arange(8))) for _ in range(20)]
-    assert losses[-1] < losses[0] / 3
+def test_accuracy_page_has_the_figures_of_the_file_beside_it() -> None:
+    docs = EXAMPLES.parent / "docs"
+    with (docs / "accuracy.csv").open(newline="") as file:
+        rows = [
+            accuracy.Row(
+                row["task"],
+                row["method"],
+                int(row["weight_bits"]),
+                int(row["activation_bits"]),
+                int(row["seed"]),
+                float(row["score"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+    page = (docs / "accuracy.md").read_text()
+    for task in accuracy.TASKS:
+        assert accuracy.table(rows, task) in page
 
 
-def test_svhn_quantizes_all_but_the_ends() -> None:
-    settings = svhn.Settings(1, 2, 4, magnitude=False, extra=False, batch_size=6, seed=0)
-    layers = quantized_layers(svhn.quantize(svhn.build_model_a(), settings))
-    expected: dict[str, dict[str, int]] = {f"conv{index}": {"weight": 1, "gradient": 4} for index in range(1, 7)}
-    expected |= {f"activation{index}": {"output": 2} for index in range(6)}
-    assert layers == expected
-
-
-def test_svhn_images_are_enlarged_and_distorted_in_range() -> None:
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    images[0] = 128
-    enlarged = svhn.to_input(images)
-    assert enlarged.shape == (4, 3, 40, 40)
-    # Interpolation rounds each of its few products and sums once, at most 2^-16 each below 256.
-    torch.testing.assert_close(enlarged[0], torch.full((3, 40, 40), 128.0), rtol=0, atol=2.0**-13)
-    distorted = svhn.distort(enlarged)
-    assert distorted.min() >= 0
-    assert distorted.max() <= 255
-    brightness = distorted[0] - 128  # contrast changes nothing in an even image
-    assert brightness.max() - brightness.min() < 2.0**-10
-    assert 0 < brightness.abs().max() < 30.01
-
-
-def test_svhn_resumed_run_repeats_the_uninterrupted_one(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = data / "run.pt"
-    svhn.main(svhn_arguments(data, "--epochs", "2"))
-    uninterrupted = torch.load(checkpoint, weights_only=True)
-    first, second = (line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines())
-    assert first.startswith("epoch 1: loss ")
-    checkpoint.unlink()
-    svhn.main(svhn_arguments(data, "--epochs", "1"))
-    svhn.main(svhn_arguments(data, "--epochs", "2", "--resume"))
-    assert [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines()] == [first, second]
-    resumed = torch.load(checkpoint, weights_only=True)
-    assert resumed["epoch"] == 2
-    torch.testing.assert_close(resumed["model"], uninterrupted["model"], rtol=0, atol=0)
-    torch.testing.assert_close(resumed["optimizer"]["state"], uninterrupted["optimizer"]["state"], rtol=0, atol=0)
-    assert resumed["model"]["conv3.gradient_quantizer.rng_state"][1] == 2 * 2  # steps of two batches an epoch
-
-
-def test_svhn_resumes_only_the_same_run(data: Path) -> None:
-    with pytest.raises(SystemExit, match="there is no checkpoint to resume from"):
-        svhn.main(svhn_arguments(data, "--resume"))
-    settings = svhn.Settings(1, 2, 4, magnitude=False, extra=False, batch_size=6, seed=0)
-    svhn.Training(settings, torch.device("cpu")).save(data / "run.pt")
-    with pytest.raises(SystemExit, match="is of a run with other settings"):
-        svhn.main(svhn_arguments(data, "--resume", "--bits", "1", "1", "4"))
-
-
-def test_svhn_bits_of_the_command_line_are_checked(data: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected bits of 'output' in 1\.\.16 or 32 \(off\), but got 33"):
-        svhn.main(svhn_arguments(data, "--bits", "1", "33", "4"))
+def test_accuracy_reads_the_standard_library() -> None:
+    task = accuracy.TextTask()
+    assert len(task.text) > 1_000_000
+    assert (int(task.text.min()), int(task.text.max())) == (0, 95)
+    assert task.unseen.shape == (task.windows, 65)
+    inputs, targets = task.batch(torch.Generator().manual_seed(0))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-import numpy as np
 
-from quantkernels.demo import BATCH_SIZE, LEARNING_RATE, TEST_IMAGES, Result
+from quantkernels.demo import BATCH_SIZE, CHANNELS, LEARNING_RATE, SIDE, Result, load_harder_digits
 from quantkernels.keras import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, Quantizer
 
 _LAYERS = ["Conv2D", "Dense"]
@@ -53,8 +52,8 @@ CONFIGURATIONS = (
 
 def build_network() -> Any:
     """Returns the float network: three convolutions with batch norm and ReLU6, and a dense layer."""
-    network = keras.Sequential([keras.Input((8, 8, 1))])
-    for index, width in enumerate((16, 32, 64), start=1):
+    network = keras.Sequential([keras.Input((SIDE, SIDE, 1))])
+    for index, width in enumerate(CHANNELS, start=1):
         network.add(keras.layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"conv{index}"))
         network.add(keras.layers.BatchNormalization(momentum=0.9, name=f"norm{index}"))  # as torch's
         network.add(keras.layers.ReLU(6.0, name=f"relu{index}"))
@@ -63,17 +62,6 @@ def build_network() -> Any:
     network.add(keras.layers.Flatten(name="flatten"))
     network.add(keras.layers.Dense(10, name="dense"))
     return network
-
-
-def _digits() -> tuple[Any, Any]:
-    """Images, float32 [N, 8, 8, 1] in [0, 1], and labels, in an order at random but always alike."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise SystemExit("The demo needs scikit-learn for its data; run: pip install scikit-learn tqdm") from error
-    digits = datasets.load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    return (digits.images[order, ..., None] / 16).astype(np.float32), digits.target[order]
 
 
 def _model(configuration: Configuration, seed: int, steps: int) -> Any:
@@ -89,20 +77,21 @@ def _model(configuration: Configuration, seed: int, steps: int) -> Any:
 
 def measure(epochs: int, seeds: int, advance: Callable[[], object]) -> list[Result]:
     """Trains every configuration from `seeds` seeds for `epochs` epochs; calls `advance` after each epoch of each."""
-    images, labels = _digits()
-    train, test = slice(TEST_IMAGES, None), slice(TEST_IMAGES)
-    steps = epochs * -(-(len(labels) - TEST_IMAGES) // BATCH_SIZE)
+    digits = load_harder_digits()
+    images, labels = digits.images.movedim(1, 3).numpy(), digits.labels.numpy()
+    test_images, test_labels = digits.test_images.movedim(1, 3).numpy(), digits.test_labels.numpy()
+    steps = epochs * -(-len(labels) // BATCH_SIZE)
     results = [Result(configuration.name, configuration.bits_per_weight) for configuration in CONFIGURATIONS]
     for seed in range(seeds):
         models = [_model(configuration, seed, steps) for configuration in CONFIGURATIONS]
         for epoch in range(epochs):
             for result, model in zip(results, models, strict=True):
                 start = time.perf_counter()
-                model.fit(images[train], labels[train], batch_size=BATCH_SIZE, verbose=0)
+                model.fit(images, labels, batch_size=BATCH_SIZE, verbose=0)
                 if epoch > 0 or epochs == 1:  # the first one traces
                     result.seconds.append(time.perf_counter() - start)
                 advance()
         for result, model in zip(results, models, strict=True):
-            predicted = model.predict(images[test], verbose=0).argmax(1)
-            result.accuracy.append(float((predicted == labels[test]).mean()))
+            predicted = model.predict(test_images, verbose=0).argmax(1)
+            result.accuracy.append(float((predicted == test_labels).mean()))
     return results
