@@ -48,6 +48,18 @@ def executable(stem: str, flavour: Flavour) -> Path:
     return toolchain.build_executable((SIMT / f"{stem}.cpp",), flavour)
 
 
+def test_a_changed_header_is_compiled_again(tmp_path: Path) -> None:
+    reason = toolchain.missing_runtime(PLAIN)
+    if reason is not None:
+        pytest.skip(reason)
+    source = tmp_path / "answer.cpp"
+    source.write_text('#include <cstdio>\n#include "answer.h"\nint main() { std::puts(ANSWER); }\n')
+    for answer in ("yes", "no", "yes"):
+        (tmp_path / "answer.h").write_text(f'#define ANSWER "{answer}"\n')
+        toolchain.build_executable.cache_clear()
+        assert toolchain.run(toolchain.build_executable((source,))).stdout == f"{answer}\n"
+
+
 FLAVOURS = [PLAIN, UCONTEXT, ADDRESS, THREAD, INITCHECK]
 
 

@@ -21,38 +21,29 @@ constexpr int64_t kPartAlignment = 128;
 // found in a cache later. Never in place.
 enum class Store { kCached, kStreamed };
 
-// The constants of a job's channels (numerics/affine.h), computed once for all its parts. An entry is a channel, or
-// with an inner size below a vector an element of a row of channels * inner, so that a vector loads the constants of
-// its lanes.
-//
-// Entries lie on pages of kEntries, so that the constants of an entry are at distances that the compiler knows. A page
-// goes on with the first entries of the next one, and the last with those of the first, for a block of vectors that
-// begins on one page and ends on the next; entries and these repetitions are the page's slots.
+// The constants of a job's channels (numerics/affine.h), computed once for all its parts. Runs of a channel that are
+// longer than a vector look their channel up: a slot of the table is a channel. With an inner size below a vector
+// several channels meet in one: then a slot is an element of a row of channels * inner elements, and a vector loads the
+// constants of its lanes as it loads its elements. Behind the row its first slots come again, for a block of vectors
+// that begins in one row and ends in the next.
 struct AffineTable {
   static constexpr int64_t kConstants = 7;  // the members of AffineConstants
-  static constexpr int64_t kEntries = 1024;
-  static constexpr int64_t kSlots = kEntries + kBlock;
 
-  // [pages, kConstants, kSlots] of the compute type, on cache lines; [kConstants] for a single channel.
-  void* constants;
-  uint8_t* modes;  // [slots]: AffineMode
-  int64_t slots;   // of all pages, a multiple of kLanes; 1 for a single channel, 0 for short runs
+  void* constants;  // [kConstants, slots] of the compute type, on cache lines
+  uint8_t* modes;   // [slots]: AffineMode
+  int64_t slots;    // 1 for a single channel, 0 for short runs, else an odd multiple of kLanes
 
-  // Runs of a channel so short, and of whole vectors, that their constants are computed where they are needed.
+  // Runs of a channel of whole vectors, but so few that their constants are computed where they are needed: a table
+  // would be more to read than the elements.
   static bool has_short_runs(const ChannelView& view) {
     return view.channels > 1 && view.inner % kLanes == 0 && view.inner <= 16 * kLanes;
   }
-  static bool has_entry_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
-  static int64_t pages(int64_t slots) { return (slots + kSlots - 1) / kSlots; }
-  static int64_t slot(int64_t entry) { return entry / kEntries * kSlots + entry % kEntries; }
-  // Whose constants a slot holds: an entry, or the number that an entry behind the last one would have.
-  static int64_t entry(int64_t slot) { return slot / kSlots * kEntries + slot % kSlots; }
+  static bool has_slot_per_element(const ChannelView& view) { return view.channels > 1 && view.inner < kLanes; }
   static int64_t slots_for(const ChannelView& view) {
     if (view.channels == 1) return 1;
-    const bool per_element = has_entry_per_element(view);
-    const int64_t entries = view.channels * (per_element ? view.inner : 1);
-    const int64_t slots = slot(entries - 1) + 1 + (per_element ? kBlock : 0);
-    return (slots + kLanes - 1) / kLanes * kLanes;
+    const bool per_element = has_slot_per_element(view);
+    const int64_t slots = per_element ? view.channels * view.inner + kBlock : view.channels;
+    return ((slots + kLanes - 1) / kLanes | 1) * kLanes;  // odd: a slot's constants meet in no set of the cache
   }
 };
 

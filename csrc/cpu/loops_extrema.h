@@ -34,13 +34,14 @@ QK_INLINE typename ComputeType<S>::type number_of(BitsOf<S> bits) {
   return to_float(number);
 }
 
-// Loops below keep this many running results apart, which hides the latency of one. They are on integers, in the order
-// of the numbers and with NaN beyond the infinities, so that they need no conversion and no comparison for NaN, and
-// compilers vectorise them.
+// The loops below compare numbers by their bits. Read as signed integers, those of one sign are in order, the negative
+// ones backwards, and a NaN lies beyond the infinity of its sign. So minima and maxima of integers need neither convert
+// half formats nor test for NaN, and compilers vectorise them. This many of them run side by side: one alone would wait
+// for its own last result.
 template <class Bits>
 constexpr int kRunning = 256 / sizeof(Bits);
 
-// Integers in the order of the numbers: negative ones count backwards. Its own inverse.
+// Puts the negative ones into order too, by turning round all of their bits but the sign. Its own inverse.
 template <class Bits>
 QK_INLINE Bits order_of(Bits bits) {
   return static_cast<Bits>(bits ^ ((bits >> (8 * sizeof(Bits) - 1)) & std::numeric_limits<Bits>::max()));

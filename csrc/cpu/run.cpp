@@ -47,7 +47,8 @@ const Kernels& choose_kernels() {
                            forced);
 }
 
-// The job's constants and the memory that holds them.
+// The table of a job's constants and the memory behind it: a single channel's are in this object, more on the heap, and
+// for short runs there are none.
 class JobConstants {
  public:
   JobConstants(const Kernels& kernels, const AffineJob& job, ParallelFor parallel_for) {
@@ -56,9 +57,8 @@ class JobConstants {
     if (slots <= 1) {
       table_ = {single_, &single_mode_, slots};
     } else {
-      const int64_t constants = AffineTable::pages(slots) * AffineTable::kConstants * AffineTable::kSlots;
-      const size_t bytes =
-          static_cast<size_t>(constants) * (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+      const size_t bytes = static_cast<size_t>(AffineTable::kConstants * slots) *
+                           (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
       many_.reset(static_cast<uint8_t*>(::operator new(bytes + static_cast<size_t>(slots), kLine)));
       table_ = {many_.get(), many_.get() + bytes, slots};
     }

@@ -81,7 +81,7 @@ enum class AffineMode : int32_t {
   kReciprocal,   // quotient by two multiplications
   kDivide,       // quotient by the divider
   kPassThrough,  // quantization is delayed or the range unknown: the activation alone
-  kUnbounded,    // kReciprocal after clamp_to_passing; no grid begins with it
+  kUnbounded,    // kReciprocal with the constants of clamp_to_passing, to which loops of the CPU may change it
 };
 
 // What one element needs, as values of type V: a scalar, or a vector holding one constant (per tensor) or one channel's
@@ -145,9 +145,10 @@ QK_INLINE AffineConstants<V> make_constants(V given_scale, V given_level_min, V 
   return c;
 }
 
-// Without an activation in front, x may as well be clamped to what passes the gradient: the quotients that round to the
-// grid. Then the x that pass are those that the clamp leaves as they are. Makes kReciprocal, whose scale is moderate,
-// kUnbounded.
+// Turns the constants of kReciprocal into those of kUnbounded, where no activation bounds x. The clamp to the grid's
+// ends may as well be one to the outermost numbers that pass the gradient: their quotients still round to the ends. An
+// element then passes the gradient exactly if the clamp leaves it as it is, and pass_low and pass_high need neither be
+// loaded nor compared with.
 template <class V>
 QK_INLINE void clamp_to_passing(AffineConstants<V>& c) {
   c.clamp_low = offset_bits(c.pass_low, -1);  // of a negative number: toward zero

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -168,37 +168,54 @@ def _compile_all(flavour: Flavour, sources: Mapping[Path, tuple[str, ...]]) -> l
 
 def _compile(source: Path, flags: tuple[str, ...]) -> Path:
     command = [_COMPILER, *_COMMON, *_WARNINGS, *flags, "-c", "-xc++", str(source)]
-    return _cached(command, _dependencies(command), f"{source.stem}.o")
+    name = f"{source.stem}.o"
+    listing = BUILD / f"{_digest(command, [])}.d"  # the files that the last run of this command has read
+    inputs = _listed(listing) if listing.exists() else []
+    if inputs and all(path.exists() for path in inputs):
+        known = BUILD / _digest(command, inputs) / name
+        if known.exists():
+            return known
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        made, read = Path(folder) / name, Path(folder) / "read.d"
+        _build([*command, "-MMD", "-MF", str(read), "-o", str(made)])
+        output = BUILD / _digest(command, _listed(read)) / name
+        output.parent.mkdir(exist_ok=True)
+        made.replace(output)
+        read.replace(listing)
+    return output
 
 
 def _link(objects: list[Path], flags: tuple[str, ...], name: str) -> Path:
-    return _cached([_COMPILER, *map(str, objects), *flags], objects, name)
+    command = [_COMPILER, *map(str, objects), *flags]
+    output = BUILD / _digest(command, objects) / name
+    if not output.exists():
+        output.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            made = Path(folder) / name
+            _build([*command, "-o", str(made)])
+            made.replace(output)
+    return output
 
 
-def _dependencies(command: list[str]) -> list[Path]:
-    listing = subprocess.run([*command, "-MM"], capture_output=True, text=True, check=False)
-    if listing.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{listing.stderr}")
-    words = listing.stdout.replace("\\\n", " ").split()
-    return [Path(word) for word in words[1:]]
+def _listed(listing: Path) -> list[Path]:
+    """The files of a rule that the compiler has written for make."""
+    return [Path(word) for word in listing.read_text().replace("\\\n", " ").split()[1:]]
 
 
-def _cached(command: list[str], inputs: list[Path], name: str) -> Path:
-    """Runs the command for its output file, unless it has run before with the same inputs."""
+def _digest(command: list[str], inputs: list[Path]) -> str:
+    """Names what the command makes of the contents of its inputs."""
     digest = hashlib.sha256("\0".join([_compiler_version(), *command]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
-    output = BUILD / digest.hexdigest()[:16] / name
-    if output.exists():
-        return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}")
-    built = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+    return digest.hexdigest()[:16]
+
+
+def _build(command: list[str]) -> None:
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{built.stderr}")
     sys.stderr.write(built.stderr)
-    unfinished.rename(output)
-    return output
 
 
 @functools.cache
