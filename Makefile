@@ -49,10 +49,12 @@ wheel: $(VENV)/.installed-release quantkernels/_C.so
 	$(BIN)/auditwheel show dist/*.whl
 	ls -l dist
 
-# The quick mode takes about two minutes; `make bench BENCH_ARGS=` measures the full grid, which takes about an hour.
+# The quick mode takes a few minutes; `make bench BENCH_ARGS=` measures the full grid, which takes hours. By default glibc gives
+# freed memory back, and every new page costs a fault: more than most operators.
 BENCH_ARGS ?= --quick
 bench: $(VENV)/.installed-bench quantkernels/_C.so
-	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+	THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864 \
+	  $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # Registers, occupancy and 128-bit accesses of every CUDA kernel, as compiled; needs nvcc, no GPU.
 cuda-report: $(VENV)/.installed-dev

@@ -4,8 +4,6 @@ With ``--device cuda``, as ``make gpu-check`` runs it, a list of operators on th
 ``--dry-run`` the same, small and on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -22,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, plan, report
+from benchmarks import plan, report
 from benchmarks.case import FORWARD_BACKWARD, Candidate, Case, Measurement, Row, Workload, measure, read_csv, write_csv
-from benchmarks.timing import Effort, keep_freed_memory
+from benchmarks.timing import Effort
 from quantkernels import _ops
 
 PARTS = ("operators", "training", "tiers", "tensorflow")
@@ -41,7 +39,7 @@ class Recorder:
         self.failed = self.left_out = 0
 
     def add(self, measurement: Measurement) -> None:
-        rows = measurement.rows(machine.tier(self.device))
+        rows = measurement.rows(report.tier(self.device))
         left_out = [f"  {name:34s} left out: {reason}" for name, reason in measurement.left_out.items()]
         print("\n".join([str(measurement.case.workload), *map(Row.__str__, rows), *left_out]), flush=True)
         self.keep(rows)
@@ -123,9 +121,11 @@ def main() -> None:
     arguments = _parse()
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao announces its own
     mode = "quick" if arguments.quick else "full"
-    name = "dry-run" if arguments.dry_run else mode if arguments.device == "cpu" else machine.card()
+    name = "dry-run" if arguments.dry_run else mode
+    if arguments.device == "cuda":
+        name = "gpu-" + re.sub(r"\W+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
     earlier = read_csv(arguments.compare) if arguments.compare else []
-    described = machine.description(arguments.device, keep_freed_memory())
+    described = report.machine(arguments.device)
     print(described, flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     recorder = Recorder(arguments.output / f"{name}.csv", described, arguments)

@@ -1,7 +1,5 @@
 """What a benchmark supplies, its case, and what comes of it: a check against the reference, times, and rows."""
 
-from __future__ import annotations
-
 import csv
 import math
 import statistics
@@ -40,40 +38,28 @@ class Workload:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a workload.
+    """One way to compute a workload, in fresh memory.
 
-    Attributes:
-        run: computes and returns all results, in fresh memory.
-        tolerance: error of a result that counts as none, relative to the largest magnitude expected; 0 asks for equal
-            bits; None for another computation, such as `copy_`.
-        optional: a peer: left out and told, not an error, where it raises NotImplementedError or RuntimeError (as for a
-            dtype that it lacks) or computes something else.
-        bytes_saved: kept from forward to backward; 0 where nobody counted.
+    A peer is left out and told where it raises NotImplementedError or RuntimeError, as for a dtype that it lacks, or
+    computes something else; with another candidate that is an error.
     """
 
     run: Callable[[], Any]
-    tolerance: float | None = 0.0
-    optional: bool = False
-    bytes_saved: int = 0
+    tolerance: float | None = 0.0  # of the largest magnitude expected; 0: equal bits; None: another computation
+    is_peer: bool = False
+    bytes_saved: int = 0  # from forward to backward; 0 where nobody counted
 
 
 @dataclass(frozen=True)
 class Case:
-    """A benchmark's set-up.
-
-    Attributes:
-        expected: the results, computed by the reference from the same state.
-        bytes_moved: what the operator itself must read and write, by the model in README.md; 0 where none is stated.
-        baseline: the candidate whose multiples are printed.
-        left_out: candidates that there are not, and why.
-    """
+    """A benchmark's set-up."""
 
     workload: Workload
     candidates: dict[str, Candidate]
-    expected: Callable[[], Any] = tuple
-    bytes_moved: float = 0.0
-    baseline: str = COPY
-    left_out: dict[str, str] = field(default_factory=dict)
+    expected: Callable[[], Any] = tuple  # by the reference, from the same state
+    bytes_moved: float = 0.0  # by the operator itself, by the model in README.md; 0 where none is stated
+    baseline: str = COPY  # whose multiples are printed
+    left_out: dict[str, str] = field(default_factory=dict)  # candidates that there are not, and why
 
 
 @dataclass(frozen=True)
@@ -153,13 +139,13 @@ def measure(case: Case, effort: Effort) -> Measurement:
         try:
             results = tuple(tensor.detach() for tensor in as_tuple(candidate.run()))
         except (NotImplementedError, RuntimeError) as error:
-            if not candidate.optional:
+            if not candidate.is_peer:
                 raise
             left_out[name] = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             continue
         tolerance = candidate.tolerance
         for difference in _differences(results, expected, tolerance) if tolerance is not None else ():
-            if not candidate.optional:
+            if not candidate.is_peer:
                 raise AssertionError(f"{case.workload}: {name}: {difference}")
             left_out[name] = difference
     runs = {name: candidate.run for name, candidate in case.candidates.items() if name not in left_out}
@@ -178,7 +164,7 @@ def write_csv(path: Path, rows: Iterable[Row], comment: str) -> None:
 
 def read_csv(path: Path) -> list[Row]:
     """The rows of a file that `write_csv` wrote."""
-    kinds = {column.name: {"int": int, "float": float}.get(str(column.type), str) for column in fields(Row)}
+    kinds: dict[str, Any] = {column.name: column.type for column in fields(Row)}
     with path.open(newline="") as file:
         lines = csv.DictReader(line for line in file if not line.startswith("#"))
         return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in lines]

@@ -1,6 +1,4 @@
-"""The competition: torch.ao's modules, torchao's PT2E flow, brevitas, and torch.compile."""
-
-from __future__ import annotations
+"""The competition: torch.ao's modules, torchao's PT2E flow and brevitas."""
 
 from typing import Any, cast
 
@@ -73,9 +71,3 @@ def with_brevitas(model: nn.Module, images: Tensor) -> nn.Module:
             if isinstance(child, nn.Conv2d | nn.Linear):
                 setattr(parent, name, layer(child))
     return model
-
-
-def compiled(function: Any) -> Any:
-    """torch.compile (inductor) of a function, for the shapes it meets and the threads set at its first call."""
-    torch._dynamo.reset()  # every case compiles anew, so no limit of recompilations is met
-    return torch.compile(function, dynamic=False)

@@ -1,26 +1,15 @@
 """Which workloads a run measures, and how long each may take."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 
+from benchmarks import training_step as training
 from benchmarks.case import STEP, Case, Workload
 from benchmarks.operators import BATCH_NORM, CPU_ONLY, GRID
 from benchmarks.timing import Effort
-from benchmarks.training_step import (
-    IMAGES,
-    LAYOUTS,
-    MOBILENET,
-    NETWORKS,
-    SMALL_LAYERS,
-    VGG,
-    small_layers,
-    training_step,
-)
 
 Build = tuple[Workload, Callable[[], Case]]
 """A workload and what sets its case up: one at a time, as the largest need much memory."""
@@ -72,7 +61,7 @@ def quick_cases() -> Iterator[Build]:
 def full_cases() -> Iterator[Build]:
     exponents = range(10, 25, 2)
     for name, dtype, exponent, layout, threads in itertools.product(
-        GRID, _DTYPES, exponents, LAYOUTS, _thread_counts()
+        GRID, _DTYPES, exponents, training.LAYOUTS, _thread_counts()
     ):
         yield _case(name, dtype, 2**exponent, layout, threads, compiles=(dtype, layout) == ("float32", "contiguous"))
 
@@ -103,8 +92,8 @@ def gpu_cases(device: str) -> Iterator[Build]:
 
 def training_cases(quick: bool) -> Iterator[Build]:
     """In the quick mode two threads alone, and compiled what takes less than a minute to compile."""
-    yield SMALL_LAYERS, small_layers
-    for threads, network, layout in itertools.product((2,) if quick else (2, 1), NETWORKS, LAYOUTS):
-        compiles = threads == 2 and (not quick or network in (MOBILENET, VGG))
-        work = Workload(network, STEP, numel=IMAGES[0], layout=layout, threads=threads)
-        yield work, partial(training_step, work, compiles)
+    yield training.SMALL_LAYERS, training.small_layers
+    for threads, network, layout in itertools.product((2,) if quick else (2, 1), training.NETWORKS, training.LAYOUTS):
+        compiles = threads == 2 and (not quick or network in (training.MOBILENET, training.VGG))
+        work = Workload(network, STEP, numel=training.IMAGES[0], layout=layout, threads=threads)
+        yield work, partial(training.training_step, work, compiles)

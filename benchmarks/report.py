@@ -1,16 +1,42 @@
-"""What a run comes to: tables as docs/speed.md has them, what became slower, and the chart."""
+"""What a run comes to: the machine, tables as docs/speed.md has them, what became slower, and the chart."""
 
-from __future__ import annotations
-
+import os
+import platform
+import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
+
+import torch
 
 from benchmarks import operators
 from benchmarks.case import COPY, OURS, STEP, Row
 from benchmarks.training_step import FLOAT, LAYERS_OF_SMALL, SMALL_LAYERS
+from quantkernels import __version__, _ops
 
 NOISE = 1.1  # a multiple that rose by less is none
 _PEERS = ("ATEN", "AO", "ATEN_LEARNABLE", "AMINMAX", "FLOAT", "ONE_BY_ONE", "EAGER")  # the first there is
+
+
+def tier(device: str) -> str:
+    """The SIMD tier that the kernels run on; on a GPU its architecture."""
+    return _ops.build_info()["cpu_tier"] if device == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def machine(device: str) -> str:
+    """What the figures were taken on, and when: it heads every CSV file."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    settings = {name: os.environ.get(name, "unset") for name in ("THP_MEM_ALLOC_ENABLE", "MALLOC_MMAP_MAX_")}
+    lines = [
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, quantkernels {__version__}, torch {torch.__version__}",
+        f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}",
+        f"tier {tier('cpu')} of {', '.join(_ops.build_info()['cpu_tiers'])}; {settings}",
+    ]
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        lines.append(f"{card.name}, {card.multi_processor_count} multiprocessors, CUDA {torch.version.cuda}")
+    return "\n".join(lines)
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[object, ...], dict[str, Row]]:

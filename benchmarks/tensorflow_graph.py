@@ -3,8 +3,6 @@
 A process of its own, as torch's threads would stand beside TensorFlow's: prints the seconds of every call as JSON.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

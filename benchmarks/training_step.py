@@ -1,7 +1,5 @@
 """Whole training steps of small networks: float, quantkernels and its peers, and the bytes saved for backward."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -14,7 +12,6 @@ from torch.nn import functional as F
 
 from benchmarks import peers
 from benchmarks.case import OURS, STEP, Candidate, Case, Workload
-from benchmarks.timing import torch_threads
 from quantkernels.quantizers import QAT_Quantizer
 
 FLOAT, SAVED = "float", "quantkernels, save_levels"
@@ -163,17 +160,17 @@ def training_step(work: Workload, compiles: bool) -> Case:
     images = torch.randn(IMAGES).to(memory_format=memory_format)
     classes = torch.randint(0, _CLASSES, IMAGES[:1])
     candidates, refused = {}, {}
-    with torch_threads(work.threads):
-        first_loss = F.cross_entropy(copy.deepcopy(model)(images), classes)
-        for name, make in MAKERS.items():
-            try:
-                made = make(copy.deepcopy(model), images)
-            except (ValueError, ImportError) as error:
-                refused[name] = str(error).partition("\n")[0]
-                continue
-            saved = bytes_saved(made, images, classes)
-            if compiles and name in (FLOAT, OURS):
-                compiled = cast("nn.Module", torch.compile(copy.deepcopy(made), dynamic=False))
-                candidates[f"{name}, compiled"] = Candidate(_step(compiled, images, classes), 0.1)
-            candidates[name] = Candidate(_step(made, images, classes), 0.1, bytes_saved=saved)
+    torch.set_num_threads(work.threads)
+    first_loss = F.cross_entropy(copy.deepcopy(model)(images), classes)
+    for name, make in MAKERS.items():
+        try:
+            made = make(copy.deepcopy(model), images)
+        except (ValueError, ImportError) as error:
+            refused[name] = str(error).partition("\n")[0]
+            continue
+        saved = bytes_saved(made, images, classes)
+        if compiles and name in (FLOAT, OURS):
+            compiled = cast("nn.Module", torch.compile(copy.deepcopy(made), dynamic=False))
+            candidates[f"{name}, compiled"] = Candidate(_step(compiled, images, classes), 0.1)
+        candidates[name] = Candidate(_step(made, images, classes), 0.1, bytes_saved=saved)
     return Case(work, candidates, lambda: first_loss, baseline=FLOAT, left_out=refused)

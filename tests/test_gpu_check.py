@@ -96,8 +96,8 @@ def test_a_peer_that_computes_something_else_is_left_out_and_told() -> None:
     x = torch.arange(10.0)
     candidates = {
         OURS: Candidate(lambda: x + 1),
-        "raises": Candidate(lambda: x @ torch.ones(3), optional=True),
-        "differs": Candidate(lambda: x + 2, optional=True),
+        "raises": Candidate(lambda: x @ torch.ones(3), is_peer=True),
+        "differs": Candidate(lambda: x + 2, is_peer=True),
         "another computation": Candidate(lambda: x + 3, tolerance=None),
     }
     measured = measure(Case(Workload("add", "forward"), candidates, lambda: (x + 1,), baseline=OURS), Effort(1, 1, 0.0))
