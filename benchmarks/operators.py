@@ -1,7 +1,7 @@
 """Every operator's benchmark: the input, what computes it (ours, the reference, peers), and the bytes that it moves."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -28,7 +28,7 @@ _ONE_LEVEL = 1.01 / 127  # of the output's largest magnitude; the zero point is 
 _BITS, _SEED, _CHANNELS, _WEIGHTS = 4, 2016, 64, 50
 
 Function = Callable[[Tensor], Any]
-Peers = dict[str, tuple[Function, float | None]]
+Peers = Mapping[str, tuple[Function, float | None]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Operator:
     def __call__(self, work: Workload, compiles: bool = False) -> Case:
         """The case; `compiles`: torch.compile too, which takes seconds."""
         x = _input(work, self.spread, self.rows).requires_grad_(self.phase == FORWARD_BACKWARD)
+        torch._dynamo.reset()  # every case compiles anew, so that it meets no limit of recompilations
         ways = self.make(x)
         leaves = ways.leaves or (x,)
         gradients = [torch.full_like(leaf, 0.5) for leaf in leaves]
@@ -130,10 +131,8 @@ def _fake_quantize(x: Tensor, axis: int | None = None, group_size: int | None = 
 
 
 def _min_max(_: Tensor) -> Ways:
-    def aten(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(extremum.reshape(1) for extremum in torch.aminmax(x))
-
-    return Ways(lambda module: module.min_max, {AMINMAX: (aten, 0.0)})
+    aten = {AMINMAX: (lambda x: tuple(extremum.reshape(1) for extremum in torch.aminmax(x)), 0.0)}
+    return Ways(lambda module: module.min_max, aten)
 
 
 def _observe(x: Tensor, axis: int | None = None, bounds: functional.Bounds | None = None) -> Ways:
@@ -169,13 +168,12 @@ def _current_each(x: Tensor) -> Ways:
     """The weights of a network of 50 layers, in one call against a call for each."""
     weights = tuple((x.detach() * (1 + i / _WEIGHTS)).requires_grad_(x.requires_grad) for i in range(_WEIGHTS))
 
-    def one_by_one(_: Tensor) -> tuple[Tensor, ...]:
-        return tuple(functional.fake_quantize_current(weight, *_SYMMETRIC, symmetric=True) for weight in weights)
-
-    def by(module: ModuleType) -> Function:
-        return lambda _: module.fake_quantize_current_each(weights, *_SYMMETRIC, symmetric=True)
-
-    return Ways(by, {ONE_BY_ONE: (one_by_one, 0.0)}, leaves=weights)
+    one = partial(functional.fake_quantize_current, quant_min=_SYMMETRIC[0], quant_max=_SYMMETRIC[1], symmetric=True)
+    return Ways(
+        lambda module: lambda _: module.fake_quantize_current_each(weights, *_SYMMETRIC, symmetric=True),
+        {ONE_BY_ONE: (lambda _: tuple(map(one, weights)), 0.0)},
+        leaves=weights,
+    )
 
 
 def _learned(x: Tensor, axis: int | None = None) -> Ways:

@@ -1,15 +1,14 @@
 """The competition: torch.ao's modules, torchao's PT2E flow and brevitas."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import (
-    FusedMovingAvgObsFakeQuantize,
-    MovingAverageMinMaxObserver,
-    MovingAveragePerChannelMinMaxObserver,
-)
+from torch.ao import quantization as ao
 from torch.nn.utils import parametrize
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish)
 
 
 def ao_fake_quantize(axis: int | None = None, weight: bool = False) -> nn.Module:
@@ -19,20 +18,20 @@ def ao_fake_quantize(axis: int | None = None, weight: bool = False) -> nn.Module
         options = {"quant_min": -127, "quant_max": 127, "dtype": torch.qint8}
     if axis is not None:
         options |= {"ch_axis": axis, "qscheme": torch.per_channel_symmetric if weight else torch.per_channel_affine}
-    observer = MovingAverageMinMaxObserver if axis is None else MovingAveragePerChannelMinMaxObserver
-    return cast(nn.Module, FusedMovingAvgObsFakeQuantize(observer, **options))
+    observer = ao.MovingAverageMinMaxObserver if axis is None else ao.MovingAveragePerChannelMinMaxObserver
+    return cast(nn.Module, ao.FusedMovingAvgObsFakeQuantize(observer, **options))
 
 
-def _behind_activations(model: nn.Module, quantizer: type[nn.Module] | Any) -> None:
+def _replace(model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[Any], nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.ReLU | nn.ReLU6 | nn.Hardswish):
-                setattr(parent, name, nn.Sequential(child, quantizer()))
+            if isinstance(child, kinds):
+                setattr(parent, name, make(child))
 
 
 def with_torch_ao(model: nn.Module, images: Tensor) -> nn.Module:
     """torch.ao's fake quantizers behind activations and on weights."""
-    _behind_activations(model, ao_fake_quantize)
+    _replace(model, _ACTIVATIONS, lambda activation: nn.Sequential(activation, ao_fake_quantize()))
     for module in list(model.modules()):
         if isinstance(module, nn.Conv2d | nn.Linear):
             parametrize.register_parametrization(module, "weight", ao_fake_quantize(0, weight=True))
@@ -65,9 +64,9 @@ def with_brevitas(model: nn.Module, images: Tensor) -> nn.Module:
         result.load_state_dict(float_layer.state_dict(), strict=False)
         return cast(nn.Module, result)
 
-    _behind_activations(model, lambda: brevitas.nn.QuantIdentity(act_quant=Uint8ActPerTensorFloat))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv2d | nn.Linear):
-                setattr(parent, name, layer(child))
+    def behind(activation: nn.Module) -> nn.Module:
+        return nn.Sequential(activation, brevitas.nn.QuantIdentity(act_quant=Uint8ActPerTensorFloat))
+
+    _replace(model, _ACTIVATIONS, behind)
+    _replace(model, (nn.Conv2d, nn.Linear), layer)
     return model

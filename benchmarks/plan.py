@@ -32,6 +32,7 @@ _SIZES = {  # powers of two of the quick mode, where it is not 20 alone
     "fake_quantize_current_each forward": (12,),
     "fake_quantize_current_each": (12,),
 }
+THREADS = tuple(sorted({1, torch.get_num_threads()}))
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -43,25 +44,19 @@ def _case(
     return work, partial(operator, work, compiles)
 
 
-def _thread_counts() -> tuple[int, ...]:
-    """One, and all."""
-    return tuple(sorted({1, torch.get_num_threads()}))
-
-
 def quick_cases() -> Iterator[Build]:
-    counts = _thread_counts()
     for name in GRID:
-        for exponent, threads in itertools.product(_SIZES.get(name, (20,)), counts):
+        for exponent, threads in itertools.product(_SIZES.get(name, (20,)), THREADS):
             compiles = name == "fake_quantize" and exponent in (12, 20)
             yield _case(name, "float32", 2**exponent, "contiguous", threads, compiles=compiles)
-    for dtype, exponent, threads in itertools.product(("float16", "bfloat16"), (20, 22), counts):
+    for dtype, exponent, threads in itertools.product(("float16", "bfloat16"), (20, 22), THREADS):
         yield _case("fake_quantize forward", dtype, 2**exponent, "contiguous", threads)
 
 
 def full_cases() -> Iterator[Build]:
     exponents = range(10, 25, 2)
     for name, dtype, exponent, layout, threads in itertools.product(
-        GRID, _DTYPES, exponents, training.LAYOUTS, _thread_counts()
+        GRID, _DTYPES, exponents, training.LAYOUTS, THREADS
     ):
         yield _case(name, dtype, 2**exponent, layout, threads, compiles=(dtype, layout) == ("float32", "contiguous"))
 

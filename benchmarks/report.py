@@ -76,7 +76,8 @@ def _training_lines(rows: Sequence[Row]) -> Iterator[str]:
         lines = []
         for group in _groups(steps).values():
             base = group[FLOAT]
-            cells = [f"{getattr(group[n], column) / getattr(base, column):.3f}" if n in group else "-" for n in names]
+            figures = [getattr(group[n], column) / getattr(base, column) if n in group else 0 for n in names]
+            cells = [f"{figure:.3f}" if figure else "-" for figure in figures]
             lines.append((f"{base.op}, {base.layout}, {base.threads} threads", *cells))
         yield from _table((title, *names), lines)
 
