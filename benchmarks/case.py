@@ -133,6 +133,7 @@ def _differences(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], tole
 
 def measure(case: Case, effort: Effort) -> Measurement:
     """Compares first results with the reference's, then times. AssertionError: one that is no peer has others."""
+    torch.set_num_threads(max(case.workload.threads, 1))
     expected = tuple(tensor.detach() for tensor in as_tuple(case.expected()))
     left_out = dict(case.left_out)
     for name, candidate in case.candidates.items():
@@ -149,8 +150,7 @@ def measure(case: Case, effort: Effort) -> Measurement:
                 raise AssertionError(f"{case.workload}: {name}: {difference}")
             left_out[name] = difference
     runs = {name: candidate.run for name, candidate in case.candidates.items() if name not in left_out}
-    work = case.workload
-    return Measurement(case, interleave(runs, max(work.threads, 1), effort, work.device), left_out)
+    return Measurement(case, interleave(runs, effort, case.workload.device), left_out)
 
 
 def write_csv(path: Path, rows: Iterable[Row], comment: str) -> None:

@@ -55,9 +55,8 @@ def _calibrated(run: Run, sample_seconds: float, device: str) -> int:
     return repetitions
 
 
-def interleave(runs: Mapping[str, Run], threads: int, effort: Effort, device: str) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Run], effort: Effort, device: str) -> dict[str, list[float]]:
     """Seconds per call by candidate, one entry a round, in the order of the rounds."""
-    torch.set_num_threads(threads)
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     repetitions = {name: _calibrated(run, effort.sample_seconds, device) for name, run in runs.items()}
