@@ -112,10 +112,8 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     except ImportError:
         return
     figure = Figure(figsize=(15, 8))
-    small = [
-        row for row in rows if row.phase != STEP and row.numel == 2**20 and row.threads == 1 and row.candidate != COPY
-    ]
-    steps = [row for row in rows if row.phase == STEP and row.threads == 2 and row.candidate != FLOAT]
+    small = [row for row in rows if (row.numel, row.threads) == (2**20, 1) and row.candidate != COPY]
+    steps = [row for row in rows if (row.phase, row.threads) == (STEP, 2) and row.candidate != FLOAT]
     for axes, chosen in zip(figure.subplots(1, 2), (small, steps), strict=True):
         names = [f"{row.op}, {row.phase}, {row.dtype}, {row.layout}, {row.candidate}" for row in chosen]
         colors = ["black" if row.candidate == OURS else "silver" for row in chosen]
