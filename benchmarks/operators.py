@@ -70,7 +70,7 @@ class Operator:
             return *outputs, *(gradient for gradient in found if gradient is not None)
 
         source, target = x.detach(), torch.empty_like(x.detach())
-        eager = {EAGER: (ways.by(reference), ways.tolerance)} if self.op != LEVELS else {}  # whose reference has no work
+        eager = {EAGER: (ways.by(reference), ways.tolerance)} if self.op != LEVELS else {}  # given back at once
         others = {**eager, **ways.peers}
         if ways.leaves is None:
             others[CLAMP] = (lambda x: x.clamp(-1, 1), None)
