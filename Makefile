@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
-.PHONY: demo accuracy dorefa test test-keras bench gpu-check cuda-report docs lint format build clean
+.PHONY: demo accuracy dorefa test test-keras bench gpu-check cuda-report docs wheel lint format build clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -39,14 +39,32 @@ test-keras: $(VENV)/.installed-dev $(VENV)/.installed-keras quantkernels/_C.so
 docs: $(VENV)/.installed-docs quantkernels/_C.so
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The quick mode takes about two minutes; `make bench BENCH_ARGS=` measures the full grid, which takes about an hour.
+# In dist/: the wheel with the tag that auditwheel finds true, the sdist, what the building environment held, their SHA-256.
+# The libraries of torch and TensorFlow are the user's. build/lib is made anew: setuptools leaves there what was deleted.
+OTHERS_LIBRARIES := libtorch_cpu.so libc10.so libtensorflow_framework.so.2
+wheel: $(VENV)/.installed-release quantkernels/_C.so
+	rm -rf dist build/wheel build/lib*
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist
+	$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --strip --wheel-dir dist \
+	  $(addprefix --exclude ,$(OTHERS_LIBRARIES)) build/wheel/*.whl
+	$(BIN)/python tools/try_wheel.py dist/*.whl
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file dist/environment.cdx.json $(BIN)/python
+	cd dist && sha256sum * > SHA256SUMS
+	$(BIN)/auditwheel show dist/*.whl
+	ls -l dist
+
+# The quick mode takes a few minutes; `make bench BENCH_ARGS=` measures the full grid, which takes hours. By default glibc gives
+# freed memory back, and every new page costs a fault: more than most operators.
 BENCH_ARGS ?= --quick
 bench: $(VENV)/.installed-bench quantkernels/_C.so
-	THP_MEM_ALLOC_ENABLE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+	THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864 \
+	  $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 # Registers, occupancy and 128-bit accesses of every CUDA kernel, as compiled; needs nvcc, no GPU.
 cuda-report: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.cuda_report
+	$(BIN)/python tools/cuda_report.py
 
 # Tests, sanitizers and benchmarks on a GPU, within ten minutes; GPU_CHECK_DEVICE=cpu is a dry run. Installs nothing: it
 # takes the virtual environment if there is one, else $(PYTHON), which must have torch and pytest.

@@ -1,112 +1,142 @@
-"""The entry point: ``python -m benchmarks [--quick]``. Exits with 0 whatever the times; a wrong result is an error."""
+"""The entry point: ``python -m benchmarks [--quick]``. No time decides the exit code; a wrong result or a failure does.
 
-from __future__ import annotations
+With ``--device cuda``, as ``make gpu-check`` runs it, a list of operators on the GPU, the most telling first; with
+``--dry-run`` the same, small and on the CPU.
+"""
 
 import argparse
-import contextlib
 import importlib.util
+import json
 import math
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import accept, gpu, heap, machine, peers, plan, tiers
-from benchmarks.case import Measurement, Row, measure, rows_of, table_text, write_csv
+import torch
+
+from benchmarks import plan, report
+from benchmarks.case import FORWARD_BACKWARD, Candidate, Case, Measurement, Row, Workload, measure, read_csv, write_csv
 from benchmarks.timing import Effort
+from quantkernels import _ops
+
+PARTS = ("operators", "training", "tiers", "tensorflow")
+_TIERS_ONLY = r"^fake_quantize( per column)?, forward, float32, (65536|1048576|4194304) "
 
 
 class Recorder:
-    """Collects measurements and rows, and prints each table as it is taken."""
+    """Measures cases, prints each as it is taken, and keeps the rows in a CSV file from the first one on."""
 
-    def __init__(self) -> None:
-        self.measurements: list[Measurement] = []
+    def __init__(self, path: Path, described: str, arguments: argparse.Namespace) -> None:
+        self.path, self.described, self.device = path, described, arguments.device
+        self.only, self.until = re.compile(arguments.only), time.monotonic() + arguments.seconds
         self.rows: list[Row] = []
+        self.failed = self.left_out = 0
 
-    def add(self, measurement: Measurement, tier: str) -> None:
-        rows = rows_of(measurement, tier)
-        self.measurements.append(measurement)
+    def add(self, measurement: Measurement) -> None:
+        rows = measurement.rows(report.tier(self.device))
+        left_out = [f"  {name:34s} left out: {reason}" for name, reason in measurement.left_out.items()]
+        print("\n".join([str(measurement.case.workload), *map(Row.__str__, rows), *left_out]), flush=True)
+        self.keep(rows)
+
+    def keep(self, rows: list[Row]) -> None:
         self.rows += rows
-        print(table_text(measurement, rows), flush=True)
+        write_csv(self.path, self.rows, self.described)
 
     def run(self, cases: Iterable[plan.Build], effort: Effort) -> None:
-        for build in cases:
-            self.add(measure(build(), effort), machine.cpu_tier())
+        """A case that fails is told and counted, and the rest still measured."""
+        for work, build in cases:
+            if not self.only.search(str(work)):
+                continue
+            if time.monotonic() > self.until:
+                self.left_out += 1
+                continue
+            try:
+                self.add(measure(build(), effort))
+            except Exception as error:
+                self.failed += 1
+                print(f"FAILED {work}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
 
 
-def _run_tiers(recorder: Recorder, mode: plan.Mode, keeps_memory: bool) -> tuple[int, list[str]]:
-    with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(tiers.Worker(tier, keeps_memory)) for tier in machine.available_tiers()]
-        most = plan.thread_counts()[-1]
-        for measurement in tiers.measure_tiers(workers, mode.tier_sizes, most, mode.tiers):
-            recorder.add(measurement, tiers.TIERS)
-        return tiers.differing_digests(workers, (1, 2))
+def _run_tiers(recorder: Recorder) -> None:
+    """fake_quantize forward in a process for each tier, as one is chosen when the library loads."""
+    for tier in _ops.build_info()["cpu_tiers"]:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "benchmarks", "--quick", "--parts", "operators", "--output", folder]
+            environment = {**os.environ, "QUANTKERNELS_CPU_CAPABILITY": tier}
+            subprocess.run([*command, "--only", _TIERS_ONLY], env=environment, check=True)
+            recorder.keep(read_csv(Path(folder) / "quick.csv"))
 
 
-def _run_tensorflow() -> None:
-    """Prints the line about TensorFlow, where that is installed."""
+def _run_tensorflow(recorder: Recorder, numel: int = 2**20, rounds: int = 200) -> None:
     if importlib.util.find_spec("tensorflow") is None:
         print("TensorFlow: not installed, not measured", flush=True)
         return
+    command = [sys.executable, "-m", "benchmarks.tensorflow_graph", str(numel), str(rounds)]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    subprocess.run([sys.executable, "-m", "benchmarks.tensorflow_graph"], env=environment, check=True)
+    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds = json.loads(printed.splitlines()[-1])
+    candidates = {name: Candidate(tuple, None) for name in seconds}
+    work = Workload("fake_quantize in a TensorFlow graph", FORWARD_BACKWARD, numel=numel, threads=os.cpu_count() or 1)
+    recorder.add(Measurement(Case(work, candidates, baseline="tf.quantization"), seconds))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the operators on the GPU alone")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: a few minutes")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--only", default="", help="a regular expression that is found in a workload's name")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the CSV and PNG files")
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=("kernels", "training", "tiers"),
-        default=("kernels", "training", "tiers"),
-        help="what to measure; lines that need the rest say 'not measured'",
-    )
-    parser.add_argument(
-        "--heap",
-        choices=("kept", "default"),
-        default="kept",
-        help="kept: freed memory stays mapped; default: as the C library does it, with page faults in every figure",
-    )
+    parser.add_argument("--compare", type=Path, help="an earlier run's CSV file: tells what became slower")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: the operators, on the GPU")
+    parser.add_argument("--dry-run", action="store_true", help="of the GPU's list, on the CPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no case begins after this much")
     return parser.parse_args()
+
+
+def _measure(recorder: Recorder, arguments: argparse.Namespace, mode: str) -> None:
+    if arguments.device == "cuda" or arguments.dry_run:
+        recorder.run(plan.gpu_cases(arguments.device), plan.EFFORTS["cuda"])
+        return
+    if "operators" in arguments.parts:
+        recorder.run(plan.quick_cases() if arguments.quick else plan.full_cases(), plan.EFFORTS[mode])
+    if "training" in arguments.parts:
+        recorder.run(plan.training_cases(arguments.quick), plan.EFFORTS[f"{mode}, training"])
+    if "tiers" in arguments.parts:
+        _run_tiers(recorder)
+    if "tensorflow" in arguments.parts:
+        _run_tensorflow(recorder)
+    report.draw(recorder.path.with_suffix(".png"), recorder.rows, recorder.described)
 
 
 def main() -> None:
     start = time.monotonic()
     arguments = _parse()
-    if arguments.device == "cuda":
-        sys.exit(gpu.run("cuda", arguments.output, math.inf) > 0)
-    from benchmarks import chart  # draws with matplotlib, which a machine with a GPU need not have
-
-    mode = plan.QUICK if arguments.quick else plan.FULL
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.ao announces its own
-    keeps_memory = arguments.heap == "kept" and heap.keep_freed_memory()
-    described = machine.description(keeps_memory)
+    mode = "quick" if arguments.quick else "full"
+    name = "dry-run" if arguments.dry_run else mode
+    if arguments.device == "cuda":
+        name = "gpu-" + re.sub(r"\W+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
+    earlier = read_csv(arguments.compare) if arguments.compare else []
+    described = report.machine(arguments.device)
     print(described, flush=True)
-    recorder = Recorder()
-    digests = None
-    if "kernels" in arguments.parts:
-        recorder.run(plan.kernel_cases(mode), mode.kernels)
-    if "training" in arguments.parts:
-        for package in ("torchao", "brevitas"):
-            if not peers.has(package):
-                print(f"{package}: not installed, not measured", flush=True)
-        recorder.run(plan.training_cases(mode), mode.training)
-    if "tiers" in arguments.parts:
-        digests = _run_tiers(recorder, mode, keeps_memory)
-    _run_tensorflow()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_csv(arguments.output / f"{mode.name}.csv", recorder.rows)
-    chart.draw(arguments.output / f"{mode.name}.png", recorder.rows, described)
-    compared_on = f"tiers {', '.join(machine.available_tiers())} with 1 and 2 threads"
-    verdicts = accept.judge(recorder.measurements, digests, compared_on)
-    print(f"\n{described}\n\n{accept.report_text(verdicts, machine.cpu_tier())}")
-    print(f"\n{mode.name} mode, {time.monotonic() - start:.0f} s; rows and chart in {arguments.output}")
+    recorder = Recorder(arguments.output / f"{name}.csv", described, arguments)
+    _measure(recorder, arguments, mode)
+    print("\n".join(["figures:", *report.lines(recorder.rows), *report.slower(recorder.rows, earlier)]))
+    counted = f"{recorder.failed} cases failed, {recorder.left_out} left out for lack of time"
+    print(
+        f"benchmarks: {len(recorder.rows)} rows in {recorder.path}, {counted}, {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
+    sys.exit(recorder.failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,27 @@
-"""What a benchmark supplies, its case, and what comes of it: a check, a measurement and rows, all of one type."""
-
-from __future__ import annotations
+"""What a benchmark supplies, its case, and what comes of it: a check against the reference, times, and rows."""
 
 import csv
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Effort, interleave, median_ratio, percentile
+from benchmarks.timing import Effort, interleave
 
-OURS = "quantkernels"
-COPY = "copy_"
-
+OURS, COPY = "quantkernels", "copy_"
+FORWARD, BACKWARD, FORWARD_BACKWARD, STEP = "forward", "backward", "forward+backward", "step"
 _FEW = 1e-3
 """Share of elements in which a candidate that divides, or takes a hyperbolic tangent, otherwise may be a level off."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is computed on what.
-
-    Attributes:
-        op: an operator of the library, or a network.
-        phase: 'forward', 'forward+backward', 'backward' or 'step'.
-        dtype: as torch names it, without 'torch.'.
-        numel: elements of the input.
-        layout: 'contiguous' or 'channels_last'.
-        threads: of torch; 0 on a GPU.
-        device: 'cpu' or 'cuda'.
-    """
+    """What is computed on what: `op` is an operator or a network; `threads` are torch's, 0 on a GPU."""
 
     op: str
     phase: str
@@ -43,97 +32,89 @@ class Workload:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        parts = [self.op, self.phase, self.dtype, size_text(self.numel), self.layout]
-        parts.append(f"{self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else self.device)
-        return ", ".join(parts)
+        where = f"{self.threads} threads" if self.device == "cpu" else self.device
+        return ", ".join((self.op, self.phase, self.dtype, f"{self.numel} elements", self.layout, where))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a workload.
+    """One way to compute a workload, in fresh memory.
 
-    Attributes:
-        run: computes and returns all results, in fresh memory unless the operator is in place.
-        tolerance: error of a result that counts as none, relative to the largest magnitude expected; 0 asks for equal
-            bits; None for another computation, such as `copy_`.
-        optional: left out and told, not an error, where it raises NotImplementedError or RuntimeError (as for a dtype
-            that it lacks) or computes something else.
-        threads: of torch, where they differ from the workload's.
-        bytes_saved: kept between forward and backward; 0 where nobody counted.
+    A peer is left out and told where it raises NotImplementedError or RuntimeError, as for a dtype that it lacks, or
+    computes something else; with another candidate that is an error.
     """
 
-    run: Callable[[], Tensor | tuple[Tensor, ...]]
-    tolerance: float | None = 0.0
-    optional: bool = False
-    threads: int | None = None
-    bytes_saved: int = 0
+    run: Callable[[], Any]
+    tolerance: float | None = 0.0  # of the largest magnitude expected; 0: equal bits; None: another computation
+    is_peer: bool = False
+    bytes_saved: int = 0  # from forward to backward; 0 where nobody counted
 
 
 @dataclass(frozen=True)
 class Case:
-    """A benchmark's set-up.
-
-    Attributes:
-        bytes_moved: what the operator itself must read and write, by the model in README.md; 0 where none is stated.
-        baseline: the candidate whose multiples are printed.
-        expected: the results, computed by the reference from the same state.
-    """
+    """A benchmark's set-up."""
 
     workload: Workload
     candidates: dict[str, Candidate]
-    expected: Callable[[], tuple[Tensor, ...]]
-    bytes_moved: float = 0.0
+    expected: Callable[[], Any] = tuple  # by the reference, from the same state
+    bytes_moved: float = 0.0  # by the operator itself, by the model in README.md; 0 where none is stated
+    baseline: str = COPY  # whose multiples are printed
+    left_out: dict[str, str] = field(default_factory=dict)  # candidates that there are not, and why
+
+
+@dataclass(frozen=True)
+class Row(Workload):
+    """One candidate's line in the table and in the CSV file."""
+
+    tier: str = ""
+    candidate: str = ""
+    rounds: int = 0
+    median_us: float = math.nan
+    p10_us: float = math.nan
+    p90_us: float = math.nan
+    gb_per_s: float = 0.0
     baseline: str = COPY
+    times_baseline: float = math.nan
+    bytes_saved: int = 0
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What two runs have in common where they measured the same; the last is the candidate."""
+        return (*(getattr(self, column.name) for column in fields(Workload)), self.tier, self.candidate)
+
+    def __str__(self) -> str:
+        rate = f"{self.gb_per_s:.1f} GB/s" if self.gb_per_s else ""
+        saved = f"  saves {self.bytes_saved / 1e6:.1f} MB for backward" if self.bytes_saved else ""
+        times = f"{self.median_us:12.2f} us  [{self.p10_us:.2f}, {self.p90_us:.2f}]"
+        return f"  {self.candidate:34s} {times:36s} {rate:>12s} {self.times_baseline:7.2f} x {self.baseline}{saved}"
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Seconds per call of each candidate, a list of rounds; entries of one index belong to one round."""
 
-    workload: Workload
+    case: Case
     seconds: dict[str, list[float]]
-    bytes_moved: float = 0.0
-    baseline: str = COPY
-    bytes_saved: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def ratio(self, candidate: str, versus: str) -> float:
-        return median_ratio(self.seconds[candidate], self.seconds[versus])
-
-    def fastest_ratio(self, candidate: str, versus: str) -> float:
-        """Of the fastest samples: what is left of a difference when the machine was quiet once for each."""
-        return min(self.seconds[candidate]) / min(self.seconds[versus])
-
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate's line in the table and in the CSV file."""
-
-    op: str
-    phase: str
-    dtype: str
-    numel: int
-    layout: str
-    threads: int
-    device: str
-    tier: str
-    candidate: str
-    rounds: int
-    median_us: float
-    p10_us: float
-    p90_us: float
-    gb_per_s: float
-    baseline: str
-    times_baseline: float
-    bytes_saved: int
+    def rows(self, tier: str) -> list[Row]:
+        work, baseline = self.case.workload, self.case.baseline
+        copied = 2.0 * work.numel * getattr(torch, work.dtype).itemsize
+        rows = []
+        for name, seconds in self.seconds.items():
+            deciles = statistics.quantiles([1e6 * sample for sample in seconds], n=10, method="inclusive")
+            low, median, high = deciles[0], deciles[4], deciles[8]
+            rate = (copied if name == COPY else self.case.bytes_moved) / median * 1e-3
+            pairs = zip(seconds, self.seconds.get(baseline, [math.nan] * len(seconds)), strict=True)
+            times = statistics.median(ours / theirs for ours, theirs in pairs)
+            figures: dict[str, Any] = {"median_us": median, "p10_us": low, "p90_us": high, "gb_per_s": rate}
+            figures |= {"rounds": len(seconds), "times_baseline": times, "baseline": baseline}
+            figures["bytes_saved"] = self.case.candidates[name].bytes_saved
+            rows.append(Row(**asdict(work), tier=tier, candidate=name, **figures))
+        return rows
 
 
-def size_text(numel: int) -> str:
-    return f"2^{numel.bit_length() - 1}" if numel and numel & (numel - 1) == 0 else str(numel)
-
-
-def _results(candidate: Candidate) -> tuple[Tensor, ...]:
-    results = candidate.run()
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
     return results if isinstance(results, tuple) else (results,)
 
 
@@ -150,76 +131,29 @@ def _differences(results: tuple[Tensor, ...], expected: tuple[Tensor, ...], tole
             yield f"result {index} differs in {wrong} of {wanted.numel()} elements by more than {allowed:.3g}"
 
 
-def check(case: Case) -> dict[str, str]:
-    """Compares every candidate's first results with the reference's.
-
-    Returns:
-        why optional candidates are to be left out, by their names.
-
-    Raises:
-        AssertionError: a candidate that is not optional computes something else.
-    """
-    expected = tuple(tensor.detach() for tensor in case.expected())
-    left_out = {}
+def measure(case: Case, effort: Effort) -> Measurement:
+    """Compares first results with the reference's, then times. AssertionError: one that is no peer has others."""
+    torch.set_num_threads(max(case.workload.threads, 1))
+    expected = tuple(tensor.detach() for tensor in as_tuple(case.expected()))
+    left_out = dict(case.left_out)
     for name, candidate in case.candidates.items():
         try:
-            results = tuple(tensor.detach() for tensor in _results(candidate))
+            results = tuple(tensor.detach() for tensor in as_tuple(candidate.run()))
         except (NotImplementedError, RuntimeError) as error:
-            if not candidate.optional:
+            if not candidate.is_peer:
                 raise
             left_out[name] = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             continue
-        if candidate.tolerance is None:
-            continue
-        for difference in _differences(results, expected, candidate.tolerance):
-            if not candidate.optional:
+        tolerance = candidate.tolerance
+        for difference in _differences(results, expected, tolerance) if tolerance is not None else ():
+            if not candidate.is_peer:
                 raise AssertionError(f"{case.workload}: {name}: {difference}")
             left_out[name] = difference
-    return left_out
+    runs = {name: candidate.run for name, candidate in case.candidates.items() if name not in left_out}
+    return Measurement(case, interleave(runs, effort, case.workload.device), left_out)
 
 
-def measure(case: Case, effort: Effort) -> Measurement:
-    """Checks a case, then times it."""
-    left_out = check(case)
-    present = {name: candidate for name, candidate in case.candidates.items() if name not in left_out}
-    with_threads = {name: (c.run, c.threads or max(case.workload.threads, 1)) for name, c in present.items()}
-    saved = {name: candidate.bytes_saved for name, candidate in present.items()}
-    seconds = interleave(with_threads, effort, case.workload.device)
-    return Measurement(case.workload, seconds, case.bytes_moved, case.baseline, saved, left_out)
-
-
-def _bytes_copied(work: Workload) -> float:
-    itemsize: int = getattr(torch, work.dtype).itemsize
-    return 2.0 * work.numel * itemsize
-
-
-def rows_of(measurement: Measurement, tier: str) -> list[Row]:
-    work = measurement.workload
-    rows = []
-    for name, seconds in measurement.seconds.items():
-        median = percentile(seconds, 50)
-        bytes_moved = _bytes_copied(work) if name == COPY else measurement.bytes_moved
-        rows.append(
-            Row(
-                **asdict(work),
-                tier=tier,
-                candidate=name,
-                rounds=len(seconds),
-                median_us=median * 1e6,
-                p10_us=percentile(seconds, 10) * 1e6,
-                p90_us=percentile(seconds, 90) * 1e6,
-                gb_per_s=bytes_moved / median * 1e-9,
-                baseline=measurement.baseline,
-                times_baseline=measurement.ratio(name, measurement.baseline)
-                if measurement.baseline in measurement.seconds
-                else math.nan,
-                bytes_saved=measurement.bytes_saved.get(name, 0),
-            )
-        )
-    return rows
-
-
-def write_csv(path: Path, rows: Iterable[Row], comment: str = "") -> None:
+def write_csv(path: Path, rows: Iterable[Row], comment: str) -> None:
     """Writes a file that begins with `comment`, each line behind a '#'."""
     with path.open("w", newline="") as file:
         file.writelines(f"# {line}\n" for line in comment.splitlines())
@@ -228,15 +162,9 @@ def write_csv(path: Path, rows: Iterable[Row], comment: str = "") -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def table_text(measurement: Measurement, rows: list[Row]) -> str:
-    """One block for one workload: its name, then a line a candidate."""
-    lines = [str(measurement.workload)]
-    for row in rows:
-        rate = f"{row.gb_per_s:7.1f} GB/s" if row.gb_per_s else " " * 12
-        saved = f"  saves {row.bytes_saved / 1e6:.1f} MB for backward" if row.bytes_saved else ""
-        lines.append(
-            f"  {row.candidate:34s} {row.median_us:12.2f} us  [{row.p10_us:.2f}, {row.p90_us:.2f}]".ljust(84)
-            + f"{rate}  {row.times_baseline:7.2f} x {row.baseline}{saved}"
-        )
-    lines += [f"  {name:34s} left out: {reason}" for name, reason in measurement.left_out.items()]
-    return "\n".join(lines)
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a file that `write_csv` wrote."""
+    kinds: dict[str, Any] = {column.name: column.type for column in fields(Row)}
+    with path.open(newline="") as file:
+        lines = csv.DictReader(line for line in file if not line.startswith("#"))
+        return [Row(**{name: kinds[name](value) for name, value in line.items()}) for line in lines]

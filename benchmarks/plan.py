@@ -1,140 +1,94 @@
-"""Which workloads a run measures: those that the acceptance lines need, and in full mode every operator's grid."""
+"""Which workloads a run measures, and how long each may take."""
 
-from __future__ import annotations
-
-import functools
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
-from benchmarks import kernels, training_step
-from benchmarks.case import Case
-from benchmarks.kernels import AO, ATEN, COMPILED, EAGER, GRID, Setting
+from benchmarks import training_step as training
+from benchmarks.case import STEP, Case, Workload
+from benchmarks.operators import BATCH_NORM, CPU_ONLY, GRID
 from benchmarks.timing import Effort
-from quantkernels._activation import ACTIVATIONS
 
-Build = Callable[[], Case]
+Build = tuple[Workload, Callable[[], Case]]
+"""A workload and what sets its case up: one at a time, as the largest need much memory."""
 
-
-@dataclass(frozen=True)
-class Mode:
-    """How thorough a run is."""
-
-    name: str
-    kernels: Effort
-    training: Effort
-    tiers: Effort
-    tier_sizes: tuple[int, ...]
-
-
-QUICK = Mode(
-    "quick",
-    kernels=Effort(rounds=11, fewest_rounds=5, seconds=0.5),
-    training=Effort(rounds=7, fewest_rounds=3, seconds=2.5),
-    tiers=Effort(rounds=9, fewest_rounds=9, seconds=1.0, sample_seconds=1e-2),
-    tier_sizes=(2**20, 2**22),
-)
-FULL = Mode(
-    "full",
-    kernels=Effort(rounds=21, fewest_rounds=5, seconds=2.0),
-    training=Effort(rounds=21, fewest_rounds=11, seconds=30.0),
-    tiers=Effort(rounds=31, fewest_rounds=31, seconds=10.0, sample_seconds=1e-2),
-    tier_sizes=(2**20, 2**22, 2**24),
-)
-
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
-_LAYOUTS = ("contiguous", "channels_last")
-_EXPONENTS = range(10, 25, 2)
-_HALF_DTYPES = ("float16", "bfloat16")
-_TRAINING_THREADS = 2
-_QUICKLY_COMPILED = (training_step.MOBILENET, training_step.VGG)  # half a minute each
-
-
-def thread_counts() -> tuple[int, ...]:
-    """One, and all."""
-    return tuple(sorted({1, torch.get_num_threads()}))
-
-
-def _settings(exponent: int, *peers: str, dtypes: tuple[str, ...] = ("float32",)) -> Iterator[Setting]:
-    for dtype, threads in itertools.product(dtypes, thread_counts()):
-        yield Setting(dtype, 2**exponent, threads=threads, peers=frozenset(peers))
-
-
-def _build(name: str, setting: Setting) -> Build:
-    return functools.partial(GRID[name], setting)
-
-
-_QUICK_PEERS: dict[str, dict[int, tuple[str, ...]]] = {
-    "fake_quantize forward": {14: (ATEN,), 16: (ATEN,), 18: (ATEN,), 20: (ATEN,), 22: (), 24: ()},
-    "fake_quantize": {12: (ATEN, COMPILED), 16: (ATEN,), 20: (ATEN, COMPILED, EAGER), 22: (ATEN,)},
-    "observe_fake_quantize": {16: (AO,), 20: (AO, EAGER), 22: (AO,)},
-    "relu6 + observe_fake_quantize": {20: (AO,)},
-    **{f"{name} + observe_fake_quantize": {20: (kernels.FLOAT, kernels.APART)} for name in ACTIVATIONS},
-    "fake_quantize_current": {16: (), 20: (EAGER,)},
-    "fake_quantize_current per channel": {16: (), 20: (EAGER,)},
-    "fake_quantize_learned": {20: ("fake_quantize", kernels.TORCH_LEARNABLE)},
-    "fake_quantize_learned per channel": {20: ("fake_quantize", kernels.TORCH_LEARNABLE)},
-    "fake_quantize per channel": {20: (ATEN,)},
-    "observe_fake_quantize per channel": {20: (AO,)},
-    "fake_quantize_ forward": {20: ()},
-    "straight_through": {20: ()},
-    "min_max": {20: ("torch.aminmax",)},
-    "dorefa_weight": {16: (EAGER,), 20: (EAGER,)},
-    "dorefa_activation": {20: (EAGER,)},
-    "dorefa_gradient": dict.fromkeys((18, 20, 22), (EAGER, kernels.THROUGH_AUTOGRAD)),
+EFFORTS = {
+    "quick": Effort(rounds=11, fewest_rounds=5, seconds=0.5),
+    "full": Effort(rounds=21, fewest_rounds=5, seconds=2.0),
+    "quick, training": Effort(rounds=7, fewest_rounds=3, seconds=2.5),
+    "full, training": Effort(rounds=21, fewest_rounds=11, seconds=30.0),
+    "cuda": Effort(rounds=9, fewest_rounds=5, seconds=0.35, sample_seconds=2e-3),
 }
+LARGEST = {"cuda": 27, "cpu": 12}  # powers of two of elements, of the GPU's list and of its dry run
+_SIZES = {  # powers of two of the quick mode, where it is not 20 alone
+    "fake_quantize forward": (0, 14, 16, 18, 20, 22, 24),
+    "fake_quantize": (0, 12, 16, 20, 22),
+    "fake_quantize per column forward": (16, 20, 22),
+    "observe_fake_quantize": (16, 20, 22),
+    "dorefa_weight": (16, 20),
+    "dorefa_gradient": (18, 20, 22),
+    "fake_quantize_current_each forward": (12,),
+    "fake_quantize_current_each": (12,),
+}
+THREADS = tuple(sorted({1, torch.get_num_threads()}))
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-def _quick_kernels() -> Iterator[Build]:
-    for name, by_exponent in _QUICK_PEERS.items():
-        for exponent, peers in by_exponent.items():
-            yield from (_build(name, setting) for setting in _settings(exponent, *peers))
-    for exponent in (20, 22):
-        settings = _settings(exponent, dtypes=_HALF_DTYPES)
-        yield from (_build("fake_quantize forward", setting) for setting in settings)
+def _case(
+    name: str, dtype: str, numel: int, layout: str, threads: int, device: str = "cpu", compiles: bool = False
+) -> Build:
+    operator = GRID[name]
+    work = Workload(operator.op, operator.phase, dtype, numel, layout, threads, device)
+    return work, partial(operator, work, compiles)
 
 
-def _full_kernels() -> Iterator[Build]:
-    counts = thread_counts()
-    for name, dtype, exponent, layout, count in itertools.product(GRID, _DTYPES, _EXPONENTS, _LAYOUTS, counts):
-        # Compiling costs seconds a workload.
-        compiles = dtype == "float32" and layout == "contiguous"
-        peers = None if compiles else frozenset({ATEN, AO, EAGER, "torch.aminmax"})
-        yield _build(name, Setting(dtype, 2**exponent, layout, count, peers=peers))
+def quick_cases() -> Iterator[Build]:
+    for name in GRID:
+        for exponent, threads in itertools.product(_SIZES.get(name, (20,)), THREADS):
+            compiles = name == "fake_quantize" and exponent in (12, 20)
+            yield _case(name, "float32", 2**exponent, "contiguous", threads, compiles=compiles)
+    for dtype, exponent, threads in itertools.product(("float16", "bfloat16"), (20, 22), THREADS):
+        yield _case("fake_quantize forward", dtype, 2**exponent, "contiguous", threads)
 
 
-def _only_accept_lines() -> Iterator[Build]:
-    """What stands in no grid: one element, the axes beside one another, the thread counts beside one another."""
-    for name in ("fake_quantize", "fake_quantize forward"):
-        peers = frozenset({ATEN, kernels.ATEN_TENSORS})
-        yield _build(name, Setting("float32", 1, peers=peers))
-    for setting in _settings(20):
-        yield functools.partial(kernels.fake_quantize_each_axis, setting)
-        yield functools.partial(kernels.fake_quantize_groups, setting)
-    for phase in (kernels.FORWARD, kernels.FORWARD_BACKWARD):
-        for threads in thread_counts():
-            setting = Setting("float32", 2**12, threads=threads)
-            yield functools.partial(kernels.fake_quantize_current_each, setting, phase)
-    most = thread_counts()[-1]
-    if most > 1:
-        for exponent in (10, 12, 14, 15, 16, 18, 20, 22):
-            yield functools.partial(kernels.threads, Setting("float32", 2**exponent, threads=most))
+def full_cases() -> Iterator[Build]:
+    exponents = range(10, 25, 2)
+    for name, dtype, exponent, layout, threads in itertools.product(
+        GRID, _DTYPES, exponents, training.LAYOUTS, THREADS
+    ):
+        yield _case(name, dtype, 2**exponent, layout, threads, compiles=(dtype, layout) == ("float32", "contiguous"))
 
 
-def kernel_cases(mode: Mode) -> Iterator[Build]:
-    """Set-ups, to be built one at a time: the largest need much memory."""
-    yield from _only_accept_lines()
-    if mode is QUICK:
-        yield from _quick_kernels()
-    else:
-        yield from _full_kernels()
+def gpu_cases(device: str) -> Iterator[Build]:
+    """The operators on a GPU, in the order of their importance, until time is up; on the CPU small, for a dry run."""
+    largest = LARGEST[device]
+    every = [name for name in GRID if name not in CPU_ONLY]
+    often = ("fake_quantize forward", "observe_fake_quantize forward")
+    strided = [name for name in every if "per channel" in name or name in (BATCH_NORM, "observe_fake_quantize")]
+
+    def at(exponent: int, dtype: str, names: Iterable[str], layout: str = "contiguous") -> Iterator[Build]:
+        for name in names:
+            compiles = device == "cuda" and exponent == largest and name in ("fake_quantize forward", "fake_quantize")
+            yield _case(name, dtype, 2 ** min(exponent, largest), layout, int(device == "cpu"), device, compiles)
+
+    for dtype in ("float32", "bfloat16"):
+        yield from at(largest, dtype, every)
+    for exponent in (12, 20, 24):
+        yield from at(exponent, "float32", every)
+    for exponent in (16, 18, 19, 21, 22):  # around what one sweep of the multiprocessors takes
+        yield from at(exponent, "float32", often)
+    for dtype in ("float32", "bfloat16"):
+        yield from at(24, dtype, strided, "channels_last")
+    for dtype in ("bfloat16", "float16", "float64"):
+        yield from at(24, dtype, every)
 
 
-def training_cases(mode: Mode) -> Iterator[Build]:
-    yield training_step.small_layers
-    counts = (_TRAINING_THREADS,) if mode is QUICK else (1, _TRAINING_THREADS)
-    for threads, network, layout in itertools.product(counts, training_step.NETWORKS, _LAYOUTS):
-        compiles = threads == _TRAINING_THREADS and (mode is not QUICK or network in _QUICKLY_COMPILED)
-        yield functools.partial(training_step.training_step, network, layout, threads, compiles)
+def training_cases(quick: bool) -> Iterator[Build]:
+    """In the quick mode two threads alone, and compiled what takes less than a minute to compile."""
+    yield training.SMALL_LAYERS, training.small_layers
+    for threads, network, layout in itertools.product((2,) if quick else (2, 1), training.NETWORKS, training.LAYOUTS):
+        compiles = threads == 2 and (not quick or network in (training.MOBILENET, training.VGG))
+        work = Workload(network, STEP, numel=training.IMAGES[0], layout=layout, threads=threads)
+        yield work, partial(training.training_step, work, compiles)

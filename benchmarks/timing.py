@@ -1,13 +1,9 @@
 """How a time is taken: candidates interleaved round by round, so that a busy machine disturbs all of them alike."""
 
-from __future__ import annotations
-
 import gc
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,65 +13,15 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time one case may take.
-
-    Attributes:
-        rounds: the most rounds.
-        fewest_rounds: taken however long they last.
-        seconds: no round begins after this much.
-        sample_seconds: a sample repeats its candidate until it lasts about this long, so that the caches hold what they
-            hold when a candidate runs by itself.
-    """
+    """How much time one case may take."""
 
     rounds: int
-    fewest_rounds: int
-    seconds: float
-    sample_seconds: float = 3e-3
+    fewest_rounds: int  # however long they last
+    seconds: float  # no other round begins after them
+    sample_seconds: float = 3e-3  # a sample repeats its candidate until it lasts about this long
 
 
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _seconds_on_cpu(run: Run, repetitions: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repetitions):
-        run()
-    return (time.perf_counter() - start) / repetitions
-
-
-def _seconds_on_cuda(run: Run, repetitions: int) -> float:
-    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    start.record()
-    for _ in range(repetitions):
-        run()
-    end.record()
-    end.synchronize()
-    milliseconds: float = start.elapsed_time(end)
-    return milliseconds * 1e-3 / repetitions
-
-
-_CLOCKS = {"cpu": _seconds_on_cpu, "cuda": _seconds_on_cuda}
-
-
-def take_sample(run: Run, repetitions: int, device: str = "cpu") -> float:
+def _sample(run: Run, repetitions: int, device: str) -> float:
     """Seconds a call takes, the mean over `repetitions` calls in a row, after as many that are not timed.
 
     The first calls find in the caches what another candidate left: with 16 MB of tensors it takes about ten of them
@@ -83,51 +29,45 @@ def take_sample(run: Run, repetitions: int, device: str = "cpu") -> float:
     """
     for _ in range(repetitions):
         run()
-    return _CLOCKS[device](run, repetitions)
+    if device == "cuda":
+        return _cuda_sample(run, repetitions)
+    start = time.perf_counter()
+    for _ in range(repetitions):
+        run()
+    return (time.perf_counter() - start) / repetitions
 
 
-def calibrate(run: Run, sample_seconds: float, device: str = "cpu") -> int:
-    """How many repetitions make a sample of `sample_seconds`."""
+def _cuda_sample(run: Run, repetitions: int) -> float:
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begun.record()
+    for _ in range(repetitions):
+        run()
+    ended.record()
+    ended.synchronize()
+    return float(begun.elapsed_time(ended)) * 1e-3 / repetitions
+
+
+def _calibrated(run: Run, sample_seconds: float, device: str) -> int:
+    """How many repetitions make a sample."""
     repetitions = 1
-    while (total := take_sample(run, repetitions, device) * repetitions) < sample_seconds:
+    while (total := _sample(run, repetitions, device) * repetitions) < sample_seconds:
         repetitions = max(2 * repetitions, min(100 * repetitions, int(1.2 * repetitions * sample_seconds / total)))
     return repetitions
 
 
-def interleave(runs: Mapping[str, tuple[Run, int]], effort: Effort, device: str = "cpu") -> dict[str, list[float]]:
-    """Times candidates, given as (function, torch threads), in rounds of one sample each.
-
-    Returns:
-        seconds per call by candidate, one entry a round, in the order of the rounds.
-    """
+def interleave(runs: Mapping[str, Run], effort: Effort, device: str) -> dict[str, list[float]]:
+    """Seconds per call by candidate, one entry a round, in the order of the rounds."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    repetitions = {}
-    for name, (run, threads) in runs.items():
-        with torch_threads(threads):
-            repetitions[name] = calibrate(run, effort.sample_seconds, device)
+    repetitions = {name: _calibrated(run, effort.sample_seconds, device) for name, run in runs.items()}
     start = time.perf_counter()
-    with _no_garbage_collection():
-        for round_index in range(effort.rounds):
-            if round_index >= effort.fewest_rounds and time.perf_counter() - start > effort.seconds:
-                break
-            random.Random(round_index).shuffle(names)  # no candidate always follows the same one
-            for name in names:
-                run, threads = runs[name]
-                with torch_threads(threads):
-                    seconds[name].append(take_sample(run, repetitions[name], device))
+    gc.collect()
+    gc.disable()
+    for index in range(effort.rounds):
+        if index >= effort.fewest_rounds and time.perf_counter() - start > effort.seconds:
+            break
+        random.Random(index).shuffle(names)  # no candidate always follows the same one
+        for name in names:
+            seconds[name].append(_sample(runs[name], repetitions[name], device))
+    gc.enable()
     return seconds
-
-
-def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median over rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """Linear interpolation between the order statistics."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

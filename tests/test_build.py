@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import quantkernels
 from quantkernels import _ops, functional
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +31,10 @@ def setup_script() -> types.ModuleType:
     return module
 
 
-def tool_output(tool: str, *arguments: str) -> str:
+def tool_output(tool: str, *arguments: str, library: Path = _ops.LIBRARY_PATH) -> str:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
-    command = [tool, *arguments, str(_ops.LIBRARY_PATH)]
+    command = [tool, *arguments, str(library)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -49,6 +50,12 @@ def test_library_needs_torch_by_name_and_no_python() -> None:
     assert {"libtorch_cpu.so", "libc10.so"} <= set(needed)
     assert not [name for name in needed if re.match(r"libtorch_python|libpython|libtorch_cuda|libcuda", name)]
     assert "RUNPATH" not in tool_output("readelf", "-d")
+
+
+def test_libraries_export_nothing() -> None:
+    # What one exports, the copy of the C++ library's templates in another extension could be bound to.
+    for library in (_ops.LIBRARY_PATH, _ops.LIBRARY_PATH.with_name("_tensorflow.so")):
+        assert not tool_output("nm", "-D", "--defined-only", library=library).strip(), library
 
 
 def test_library_holds_no_path_of_the_build_machine() -> None:
@@ -115,6 +122,13 @@ def test_an_error_of_cuda_tells_of_a_driver_that_is_too_old(tmp_path: Path) -> N
     assert same == newer == "quantkernels: CUDA error: unhappy"
 
 
+def test_the_version_is_stated_in_one_place() -> None:
+    assert (ROOT / "quantkernels" / "__init__.py").read_text().count("__version__ = ") == 1
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    others = [ROOT / name for name in ("setup.py", "README.md", "mkdocs.yml", "constraints.txt", "Makefile")]
+    assert not [path.name for path in others if quantkernels.__version__ in path.read_text()]
+
+
 def test_one_range_of_torch_is_stated_everywhere(setup_script: types.ModuleType) -> None:
     minimum = ".".join(map(str, setup_script.MINIMUM_TORCH))
     project = (ROOT / "pyproject.toml").read_text()
@@ -163,6 +177,13 @@ def test_architecture_list(setup_script: types.ModuleType, text: str, expected: 
 def test_architecture_list_is_checked(setup_script: types.ModuleType, text: str) -> None:
     with pytest.raises(SystemExit, match="expected `TORCH_CUDA_ARCH_LIST` to be a list such as"):
         setup_script.parse_architectures(text)
+
+
+@pytest.mark.parametrize(("version", "compresses"), [("13.0.88", True), ("12.8.93", False), ("unknown", False)])
+def test_machine_code_is_compressed_where_every_driver_unpacks_it(
+    setup_script: types.ModuleType, version: str, compresses: bool
+) -> None:
+    assert bool(setup_script.compression_flags(version)) == compresses
 
 
 def test_machine_code_and_ptx_flags(setup_script: types.ModuleType) -> None:
@@ -226,7 +247,7 @@ def test_toolkit_is_found_through_nvcc(
     assert cuda.lib == tmp_path / "lib"
     assert cuda.include == tmp_path / "include"
     # sm_100 and sm_120 are left out: this nvcc does not know them.
-    assert cuda.architectures == ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "compute_90")
+    assert cuda.architectures == ("sm_75", "sm_80", "sm_90", "compute_90")
     assert decision.startswith(f"nvcc 12.4.99 at {nvcc}: sm_75")
     assert setup_script.cuda_warning(setup_script.Torch("2.11.0", tmp_path, "12.8"), cuda) is None
     assert setup_script.cuda_warning(setup_script.Torch("2.11.0", tmp_path, None), cuda) is None
@@ -242,6 +263,7 @@ def test_toolkit_is_found_through_nvcc(
     assert str(torch_home) not in rules["cuda"] + rules["cpu"]
     assert "-DQUANTKERNELS_WITH_CUDA" in rules["ops"]
     assert "-lcudart_static" in rules["link"]
+    assert "compress" not in rules["cuda"]  # drivers of that age need not know how to unpack
     assert f"build {tmp_path}/build/csrc/cuda/only.cu.o: cuda csrc/cuda/only.cu" in text
 
 
@@ -279,6 +301,7 @@ def test_wheel_is_for_every_python(tmp_path: Path) -> None:
     # The tag does not depend on what the library does; one small file keeps the test short.
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "only.cpp").write_text("int only() { return 0; }\n")
+    shutil.copy(ROOT / "csrc" / "exports.map", tmp_path / "csrc")
     command = [sys.executable, "-m", "pip", "wheel", "-v", ".", "--no-build-isolation", "--no-deps", "-w", "dist"]
     environment = {**os.environ, "QUANTKERNELS_CUDA": "0"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

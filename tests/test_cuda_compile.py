@@ -34,7 +34,7 @@ ALIGNED = re.compile(r"<(\([\w:]+\)\d, )?[\w ]+, true\b")
 
 @pytest.fixture(scope="module")
 def report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "benchmarks" / "cuda_report.py")
+    spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools" / "cuda_report.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -18,9 +18,9 @@ import torch
 from simt import toolchain
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import gpu
-from benchmarks.case import OURS, Candidate, Case, Workload, measure
-from benchmarks.kernels import CPU_ONLY, GRID
+from benchmarks import plan, report
+from benchmarks.case import OURS, Candidate, Case, Row, Workload, measure, read_csv, write_csv
+from benchmarks.operators import CPU_ONLY, GRID
 from benchmarks.timing import Effort
 from quantkernels import functional, reference
 
@@ -95,8 +95,8 @@ def test_a_peer_that_computes_something_else_is_left_out_and_told() -> None:
     x = torch.arange(10.0)
     candidates = {
         OURS: Candidate(lambda: x + 1),
-        "raises": Candidate(lambda: x @ torch.ones(3), optional=True),
-        "differs": Candidate(lambda: x + 2, optional=True),
+        "raises": Candidate(lambda: x @ torch.ones(3), is_peer=True),
+        "differs": Candidate(lambda: x + 2, is_peer=True),
         "another computation": Candidate(lambda: x + 3, tolerance=None),
     }
     measured = measure(Case(Workload("add", "forward"), candidates, lambda: (x + 1,), baseline=OURS), Effort(1, 1, 0.0))
@@ -108,8 +108,26 @@ def test_a_peer_that_computes_something_else_is_left_out_and_told() -> None:
 
 
 def test_what_has_cuda_kernels_is_measured_on_a_gpu() -> None:
-    assert {name for name, _ in gpu.settings("cuda")} == set(GRID) - CPU_ONLY
+    measured = {(work.op, work.phase) for work, _ in plan.gpu_cases("cuda")}
+    assert measured == {(line.op, line.phase) for name, line in GRID.items() if name not in CPU_ONLY}
     assert set(GRID) > CPU_ONLY
+
+
+def test_what_became_slower_beyond_noise_is_marked(tmp_path: Path) -> None:
+    def row(op: str, median: float, times: float, candidate: str = OURS) -> Row:
+        of = {"candidate": candidate, "tier": "avx2", "times_baseline": times}
+        return Row(op, "forward", median_us=median, p10_us=0.9 * median, p90_us=1.1 * median, **of)
+
+    before = [row("slower", 10, 2), row("noisy", 10, 2), row("busy machine", 10, 2), row("peer", 10, 2, "eager")]
+    write_csv(tmp_path / "before.csv", before, "a machine\nand its software")
+    earlier = read_csv(tmp_path / "before.csv")
+    assert earlier == before
+    now = [row("slower", 20, 4), row("noisy", 11, 4), row("busy machine", 20, 2.1), row("peer", 20, 4, "eager")]
+    marked, counted = report.slower([*now, row("new", 1, 1)], earlier)
+    assert marked.startswith("SLOWER slower, forward, float32")
+    assert marked.endswith("quantkernels: 20.0 us, was 10.0; 4.00 x copy_, was 2.00")
+    assert counted == "compared: 3 figures, 1 slower beyond noise"
+    assert list(report.slower(now, [])) == []
 
 
 STEPS = ("capture", "tests", "paths", "memcheck", "racecheck", "initcheck", "synccheck", "benchmarks")
@@ -126,7 +144,7 @@ case "$*" in
   "-m pytest"*graph_capture*) step=capture ;;
   "-m pytest"*) step=tests ;;
   tests/launch_paths.py*) step=paths ;;
-  "-m benchmarks.gpu"*) step=benchmarks ;;
+  "-m benchmarks"*) step=benchmarks ;;
 esac
 echo "$step: $*" >> "$FOLDER/calls"
 [[ " $FAILING " != *" $step "* ]]
@@ -215,4 +233,4 @@ def test_gpu_check_runs_dry_on_the_cpu(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 7
     rows = (tmp_path / "dry-run.csv").read_text().splitlines()
     assert rows[0].startswith("# ")
-    assert len(rows) >= 6  # on a busy machine the host's times alone
+    assert len(rows) >= 6  # on a busy machine one workload

@@ -16,7 +16,7 @@ from quantkernels import functional, reference
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import kernels as benchmarks  # noqa: E402
+from benchmarks import operators as benchmarks  # noqa: E402
 
 # Operators that are the backward, or another form, of one that the public function is named after.
 BELONGS_TO = {
@@ -38,6 +38,7 @@ BENCHMARKS = {
     "fake_quantize_in_range": "observe_fake_quantize",
     "activation_fake_quantize": "hardswish + observe_fake_quantize",
     "unpack_levels": "pack_levels",
+    "straight_through": "fake_quantize",
     "straight_through_each": "fake_quantize_current_each",
     "begin_step": "observe_fake_quantize",
     "end_step": "observe_fake_quantize",

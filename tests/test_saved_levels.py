@@ -87,9 +87,9 @@ def test_levels_give_every_bit_back(size: int, grid: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("network", [training_step.MOBILENET, training_step.VGG])
 def test_networks_train_the_same_in_less_memory(network: str, layout: str) -> None:
     torch.manual_seed(0)
-    memory_format = training_step._LAYOUTS[layout]
+    memory_format = training_step.LAYOUTS[layout]
     float_model = training_step.NETWORKS[network]().to(memory_format=memory_format)  # type: ignore[call-overload]
-    images = torch.randn(training_step._IMAGES).to(memory_format=memory_format)
+    images = torch.randn(training_step.IMAGES).to(memory_format=memory_format)
     classes = torch.randint(0, 10, (len(images),))
     first, second = pair(copy.deepcopy(float_model))
     gradients = []

@@ -159,7 +159,8 @@ needed=$(left)
 seconds=$((needed - 30)) # no case begins after that
 [ "$DEVICE" = cpu ] && [ "$seconds" -gt 2 ] && seconds=2
 run_step "benchmarks" "$needed" optional benchmarks.log \
-  "$PY" -m benchmarks.gpu --device "$DEVICE" --output "$OUT" --seconds "$seconds"
+  "$PY" -m benchmarks $([ "$DEVICE" = cuda ] && echo "--device cuda" || echo --dry-run) \
+  --output "$OUT" --seconds "$seconds"
 [ -f "$OUT/benchmarks.log" ] &&
   { sed -n '/^figures:/,$p' "$OUT/benchmarks.log" | sed '1d;$d'; grep ^FAILED "$OUT/benchmarks.log" | head -8; } |
   cut -c1-150 | tee -a "$OUT/summary.txt"

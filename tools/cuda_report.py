@@ -1,6 +1,6 @@
 """What nvcc makes of every CUDA kernel: registers, shared memory, occupancy, 128-bit accesses, per architecture.
 
-``python -m benchmarks.cuda_report`` (``make cuda-report``) prints the table. Needs nvcc, and cuobjdump (on PATH, beside
+``python tools/cuda_report.py`` (``make cuda-report``) prints the table. Needs nvcc, and cuobjdump (on PATH, beside
 nvcc, or from PyPI: nvidia-cuda-cuobjdump). No GPU is needed: nothing here is a measurement, none of it has run on one.
 """
 
@@ -23,7 +23,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 BUILD = ROOT / "build" / "cuda"
-ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 
 BLOCK_THREADS = 256  # kBlockThreads of csrc/cuda/storage.cuh
 _WARP_THREADS = 32
@@ -46,8 +46,6 @@ class Multiprocessor:
 MULTIPROCESSORS = {
     "sm_75": Multiprocessor(1024, 16, 64 << 10, 0),
     "sm_80": Multiprocessor(2048, 32, 164 << 10, 1 << 10),
-    "sm_86": Multiprocessor(1536, 16, 100 << 10, 1 << 10),
-    "sm_89": Multiprocessor(1536, 24, 100 << 10, 1 << 10),
     "sm_90": Multiprocessor(2048, 32, 228 << 10, 1 << 10),
     "sm_100": Multiprocessor(2048, 32, 228 << 10, 1 << 10),
     "sm_120": Multiprocessor(1536, 24, 100 << 10, 1 << 10),
