@@ -228,9 +228,7 @@ def _activation(x: Tensor, name: str) -> Ways:
         FLOAT: (lambda x: by_torch(index, x), None),
         APART: (lambda x: functional.observe_fake_quantize(by_torch(index, x), *grid), _ONE_LEVEL),
     }
-    # Halves meet Hardswish's corners at -3 and 3, where its derivative is anyone's.
-    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else None
-    return Ways(lambda module: lambda x: module.activation_fake_quantize(x, name, *grid), others, tolerance)
+    return Ways(lambda module: lambda x: module.activation_fake_quantize(x, name, *grid), others, 1e-3)
 
 
 def _dorefa(_: Tensor, operator: str, tolerance: float = 0.0) -> Ways:

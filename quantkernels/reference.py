@@ -490,7 +490,8 @@ def _smooth(x: Tensor, activation: str) -> Tensor:
     """The activation, computed in float64 and rounded once to the dtype of `x`."""
     wide = x.double()
     if activation == "hardswish":
-        value = wide * (wide + 3).clamp(0, 6) / 6
+        gate = wide + 3  # whose gradient at -3 and 3 themselves is zero, as torch has it
+        value = wide * torch.where(wide.abs() < 3, gate, gate.detach().clamp(0, 6)) / 6
     elif activation == "silu":
         value = wide * torch.sigmoid(wide)
     elif activation == "gelu":

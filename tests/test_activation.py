@@ -34,6 +34,7 @@ LAYERS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU("tanh"),
 }
+MODULES = (functional, reference)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
@@ -123,6 +124,14 @@ def test_gradient_is_torchs_where_it_passes_and_zero_elsewhere(activation: str) 
     assert 0.1 < (passes != 0).double().mean() < 0.9
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(gradient[passes == 0], torch.zeros_like(gradient[passes == 0]))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_hardswish_at_its_corners_has_torchs_gradient(dtype: torch.dtype) -> None:
+    x = torch.tensor([-3.0, 3.0], dtype=dtype, requires_grad=True)
+    outputs = [module.activation_fake_quantize(x, "hardswish", *ranges((0.0, 0.0)), 0, 255) for module in MODULES]
+    for y in (nn.functional.hardswish(x), *outputs):
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=str)
