@@ -244,3 +244,33 @@ def test_plot_is_imported_when_it_is_asked_for() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         plot.nothing  # noqa: B018
+
+
+ASKS: dict[str, Any] = {
+    "plot.layers": plot.layers,
+    "plot.metrics": plot.metrics,
+    "RangeHistory": plot.RangeHistory,
+    "TensorBoardLogger": lambda quantizer: plot.TensorBoardLogger(quantizer, None),
+}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_what_is_no_quantizer_of_a_compressed_model_is_refused(name: str) -> None:
+    quantizer = compressed()
+    model = quantizer.decompress()
+    with pytest.raises(ValueError, match=f"{name}: expected `quantizer` to be that of a compressed model"):
+        ASKS[name](quantizer)
+    with pytest.raises(TypeError, match=f"{name}: expected `quantizer` to be a Quantizer, but got ConvNet"):
+        ASKS[name](model)
+
+
+def test_a_history_and_a_plot_refuse_what_they_cannot_do() -> None:
+    quantizer = compressed()
+    history = plot.RangeHistory(quantizer)
+    with pytest.raises(ValueError, match="expected `columns` to be at least 1, but got 0"):
+        history.draw(0)
+    with pytest.raises(ValueError, match="expected `bins` to be at least 1, but got 0"):
+        plot.layers(quantizer, bins=0)
+    quantizer.decompress()
+    with pytest.raises(ValueError, match=r"RangeHistory\.record: expected `quantizer` to be that of a compressed"):
+        history.record()

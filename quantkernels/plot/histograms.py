@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantkernels.nn import LearnedFakeQuantize
 from quantkernels.plot._figure import new_figure
-from quantkernels.plot.history import ends_of, has_range
+from quantkernels.plot.history import check_compressed, ends_of, has_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +41,12 @@ def layers(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: nothing of the model is quantized, or nothing but gradients.
+        TypeError: `quantizer` is no Quantizer.
+        ValueError: its model is not compressed, nothing of it but gradients is quantized, or `bins` is below 1.
     """
+    check_compressed("plot.layers", quantizer)
+    if bins < 1:
+        raise ValueError(f"plot.layers: expected `bins` to be at least 1, but got {bins}")
     rows = {(row.name, row.quant_type): row for row in quantizer.summary(batch, forward) if row.quant_type in _KINDS}
     met = {} if batch is None else _met(quantizer, batch, forward)
     shown = [layer for layer in quantizer.layers if any((layer.name, kind) in rows for kind in _KINDS)]

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from quantkernels.quantizers import Quantizer
 
 
+def check_compressed(name: str, quantizer: Quantizer) -> None:
+    """Raises TypeError or ValueError unless it is the quantizer of a compressed model; `name` is who asks."""
+    from quantkernels.quantizers import Quantizer
+
+    if not isinstance(quantizer, Quantizer):
+        raise TypeError(f"{name}: expected `quantizer` to be a Quantizer, but got {type(quantizer).__name__}")
+    if not quantizer.is_compressed:
+        raise ValueError(f"{name}: expected `quantizer` to be that of a compressed model, but the model is float")
+
+
 def metrics(quantizer: Quantizer) -> dict[str, float]:
     """The ranges of a compressed model, and the signal to quantization noise ratio of its weights in dB.
 
@@ -27,7 +37,11 @@ def metrics(quantizer: Quantizer) -> dict[str, float]:
         The figures by names such as 'conv1/output/high', 'conv1/output/low' and 'conv1/weight/sqnr'. A range that
         nothing has been observed for is left out, and so is a ratio that is infinite. This reads tensors: call it now
         and then, not in every step.
+
+    Raises:
+        TypeError, ValueError: `quantizer` is no Quantizer, or its model is not compressed.
     """
+    check_compressed("plot.metrics", quantizer)
     figures = {}
     for name, (low, high) in known_ranges(quantizer).items():
         figures[f"{name}/low"], figures[f"{name}/high"] = low, high
@@ -89,15 +103,24 @@ class RangeHistory:
 
     Attributes:
         ranges: by names such as 'conv1/output' a list of (call of `record`, least, greatest).
+
+    Raises:
+        TypeError, ValueError: `quantizer` is no Quantizer, or its model is not compressed.
     """
 
     def __init__(self, quantizer: Quantizer) -> None:
+        check_compressed("RangeHistory", quantizer)
         self.quantizer = quantizer
         self.ranges: dict[str, list[tuple[int, float, float]]] = {}
         self._calls = 0
 
     def record(self) -> None:
-        """Notes the ranges as they are now. It waits for the device, once."""
+        """Notes the ranges as they are now. It waits for the device, once.
+
+        Raises:
+            ValueError: the model is no longer compressed.
+        """
+        check_compressed("RangeHistory.record", self.quantizer)
         for name, (low, high) in known_ranges(self.quantizer).items():
             self.ranges.setdefault(name, []).append((self._calls, low, high))
         self._calls += 1
@@ -110,8 +133,10 @@ class RangeHistory:
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: no range has been recorded.
+            ValueError: no range has been recorded, or `columns` is below 1.
         """
+        if columns < 1:
+            raise ValueError(f"RangeHistory.draw: expected `columns` to be at least 1, but got {columns}")
         if not self.ranges:
             raise ValueError("RangeHistory.draw: expected a range to have been recorded, but got none")
         columns = min(columns, len(self.ranges))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quantkernels.plot.history import metrics
+from quantkernels.plot.history import check_compressed, metrics
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -28,10 +28,12 @@ class LightningLogger(Callback):
 
     Raises:
         ImportError: neither lightning nor pytorch_lightning is installed.
-        ValueError: `every` is below 1.
+        TypeError: `quantizer` is no Quantizer.
+        ValueError: its model is not compressed, or `every` is below 1.
     """
 
     def __init__(self, quantizer: Quantizer, every: int = 100, *, prefix: str = "quantization") -> None:
+        check_compressed("LightningLogger", quantizer)
         if every < 1:
             raise ValueError(f"LightningLogger: expected `every` to be at least 1, but got {every}")
         super().__init__()

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from quantkernels.plot.histograms import layers
-from quantkernels.plot.history import metrics
+from quantkernels.plot.history import check_compressed, metrics
 
 if TYPE_CHECKING:
     from quantkernels.quantizers import Quantizer
@@ -23,10 +23,12 @@ class TensorBoardLogger:
 
     Raises:
         ImportError: `writer` is a folder, and tensorboard is not installed.
-        ValueError: `every` is below 1.
+        TypeError: `quantizer` is no Quantizer.
+        ValueError: its model is not compressed, or `every` is below 1.
     """
 
     def __init__(self, quantizer: Quantizer, writer: Any, every: int = 100, *, prefix: str = "quantization") -> None:
+        check_compressed("TensorBoardLogger", quantizer)
         if every < 1:
             raise ValueError(f"TensorBoardLogger: expected `every` to be at least 1, but got {every}")
         self.quantizer = quantizer
