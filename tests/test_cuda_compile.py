@@ -25,7 +25,7 @@ LIMITS = (
     (re.compile(r"batch_norm_quantize_kernel<(double,|[\w ]+, \w+, \w+, true>)"), 48, 0.62),  # float64, or observed
     (ELEMENTWISE, 40, 0.75),
 )
-# The oldest, the one in most data centres, the newest: disassembling all seven takes a minute more. Registers, stack
+# The oldest, the one in most data centres, the newest: disassembling the others too takes longer. Registers, stack
 # and local memory are of all.
 DISASSEMBLED = ("sm_75", "sm_90", "sm_120")
 # The template argument after the storage type: the launcher has found the pointers aligned.

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from quantkernels.nn import LearnedFakeQuantize
 from quantkernels.plot._figure import new_figure
-from quantkernels.plot.history import check_compressed, ends_of, has_range
+from quantkernels.plot.history import check_compressed, has_range
+from quantkernels.quantizers.base import call_with
+from quantkernels.quantizers.summary import ends_of, summarize, weight_of_layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,8 +49,13 @@ def layers(
     check_compressed("plot.layers", quantizer)
     if bins < 1:
         raise ValueError(f"plot.layers: expected `bins` to be at least 1, but got {bins}")
-    rows = {(row.name, row.quant_type): row for row in quantizer.summary(batch, forward) if row.quant_type in _KINDS}
-    met = {} if batch is None else _met(quantizer, batch, forward)
+    met: dict[nn.Module, Tensor] = {}
+
+    def record(module: Any, input: Tensor, output: Tensor) -> None:
+        met[module] = (input if module.bounds is None else input.clamp(*module.bounds)).cpu()
+
+    summary = summarize(quantizer, batch, forward or call_with, record)
+    rows = {(row.name, row.quant_type): row for row in summary if row.quant_type in _KINDS}
     shown = [layer for layer in quantizer.layers if any((layer.name, kind) in rows for kind in _KINDS)]
     kinds = [kind for kind in _KINDS if any((layer.name, kind) in rows for layer in shown)]
     if not shown:
@@ -61,7 +68,7 @@ def layers(
                 axes.set_axis_off()
                 continue
             modules = [module for module in layer.quantizers[kind].modules() if hasattr(module, "grid")]  # type: ignore[index]
-            tensor = _weight(layer.module) if kind == "weight" else met.get(modules[0])
+            tensor = weight_of_layer(layer.module) if kind == "weight" else met.get(modules[0])
             _draw(axes, tensor, modules[0], rows[layer.name, kind], bins)
     return figure
 
@@ -86,25 +93,3 @@ def _draw(axes: Any, tensor: Tensor | None, module: Any, row: Any, bins: int) ->
         axes.axvspan(*ends, color="C1", alpha=0.2)
         for end in ends:
             axes.axvline(end, color="C1", linewidth=1)
-
-
-def _weight(layer: nn.Module) -> Tensor | None:
-    weight = getattr(layer, "weight", None)
-    weight = getattr(layer, "in_proj_weight", None) if weight is None else weight
-    return weight if isinstance(weight, Tensor) and not weight.is_meta else None
-
-
-def _met(
-    quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object] | None
-) -> dict[nn.Module, Tensor]:
-    """What each observing module quantizes in a forward on `batch`, on the CPU, after the clamp of an activation."""
-    from quantkernels.quantizers.base import call_with
-    from quantkernels.quantizers.summary import watch
-
-    met: dict[nn.Module, Tensor] = {}
-
-    def record(module: Any, input: Tensor, output: Tensor) -> None:
-        met[module] = (input if module.bounds is None else input.clamp(*module.bounds)).cpu()
-
-    watch(quantizer, batch, forward or call_with, record)
-    return met

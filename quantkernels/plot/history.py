@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from quantkernels.nn import FakeQuantize, LearnedFakeQuantize
 from quantkernels.plot._figure import new_figure
+from quantkernels.quantizers import Quantizer
+from quantkernels.quantizers.summary import ends_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from quantkernels.quantizers import Quantizer
-
 
 def check_compressed(name: str, quantizer: Quantizer) -> None:
     """Raises TypeError or ValueError unless it is the quantizer of a compressed model; `name` is who asks."""
-    from quantkernels.quantizers import Quantizer
-
     if not isinstance(quantizer, Quantizer):
         raise TypeError(f"{name}: expected `quantizer` to be a Quantizer, but got {type(quantizer).__name__}")
     if not quantizer.is_compressed:
@@ -76,15 +73,6 @@ def has_range(module: object) -> bool:
     if isinstance(module, LearnedFakeQuantize):
         return module.knows_scale()
     return isinstance(module, FakeQuantize) and not module.dynamic
-
-
-def ends_of(module: FakeQuantize | LearnedFakeQuantize) -> tuple[Tensor, Tensor]:
-    """The ends of what the grid covers, a number for each of its scales."""
-    if isinstance(module, LearnedFakeQuantize):
-        scale, zero_point = module.qparams()
-        return scale * (module.quant_min - zero_point), scale * (module.quant_max - zero_point)
-    low, high = module.observed_range
-    return low, high
 
 
 class RangeHistory:

@@ -23,9 +23,15 @@ if TYPE_CHECKING:
     from quantkernels.quantizers.base import QuantizedLayer, Quantizer
 
 
-def summarize(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object]) -> Summary:
-    """The summary of a quantizer, measured on `batch` unless that is None."""
-    measured = {} if batch is None else _measure(quantizer, batch, forward)
+Record = Callable[[Any, Tensor, Tensor], None]
+"""Takes an observing module, what it quantizes, and the result."""
+
+
+def summarize(
+    quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object], record: Record | None = None
+) -> Summary:
+    """The summary of a quantizer, measured on `batch` unless that is None; `record` is told what was measured."""
+    measured = {} if batch is None else _measure(quantizer, batch, forward, record)
     layers = {layer.module: layer for layer in quantizer.layers}
     ours = quantizer.own_modules()
     modules = named_modules(quantizer.model)
@@ -123,19 +129,31 @@ def _observed_range(modules: Sequence[Any]) -> tuple[float, float] | None:
 def _range_of(module: FakeQuantize | LearnedFakeQuantize) -> tuple[Tensor, Tensor] | None:
     """What the grid covers; None where it has seen nothing."""
     if isinstance(module, LearnedFakeQuantize):
+        return ends_of(module) if module.knows_scale() else None
+    return ends_of(module) if bool(module.observed_range.any()) else None
+
+
+def ends_of(module: FakeQuantize | LearnedFakeQuantize) -> tuple[Tensor, Tensor]:
+    """The ends of what the grid covers, a number for each of its scales."""
+    if isinstance(module, LearnedFakeQuantize):
         scale, zero_point = module.qparams()
-        ends = (scale * (module.quant_min - zero_point), scale * (module.quant_max - zero_point))
-        return ends if module.knows_scale() else None
+        return scale * (module.quant_min - zero_point), scale * (module.quant_max - zero_point)
     low, high = module.observed_range
-    return (low, high) if bool(module.observed_range.any()) else None
+    return low, high
+
+
+def weight_of_layer(layer: nn.Module) -> Tensor | None:
+    """The weight that is quantized, an attention's that of its inputs; None where it has none with values."""
+    weight = getattr(layer, "weight", None)
+    weight = getattr(layer, "in_proj_weight", None) if weight is None else weight
+    return weight if isinstance(weight, Tensor) and not weight.is_meta else None
 
 
 @torch.no_grad()
 def _weight_figures(layer: QuantizedLayer, quantizer: Any) -> tuple[tuple[float, float] | None, float | None]:
     """(least, greatest) of the weight, and its SQNR."""
-    weight = getattr(layer.module, "weight", None)
-    weight = getattr(layer.module, "in_proj_weight", None) if weight is None else weight
-    if not isinstance(weight, Tensor) or weight.is_meta or weight.numel() == 0:
+    weight = weight_of_layer(layer.module)
+    if weight is None or weight.numel() == 0:
         return None, None
     has_run, training = quantizer.has_run, quantizer.training
     quantized = quantizer.eval()(weight)
@@ -145,24 +163,21 @@ def _weight_figures(layer: QuantizedLayer, quantizer: Any) -> tuple[tuple[float,
 
 
 def _measure(
-    quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object]
+    quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object], record: Record | None
 ) -> dict[nn.Module, tuple[float | None, float | None]]:
     """The share clipped, and the SQNR, of what each observing module meets in one forward on `batch`."""
     figures: dict[nn.Module, tuple[float | None, float | None]] = {}
 
-    def record(module: FakeQuantize | LearnedFakeQuantize, input: Tensor, output: Tensor) -> None:
+    def measure(module: FakeQuantize | LearnedFakeQuantize, input: Tensor, output: Tensor) -> None:
         figures[module] = _figures(module, input, output)
+        if record is not None:
+            record(module, input, output)
 
-    watch(quantizer, batch, forward, record)
+    _watch(quantizer, batch, forward, measure)
     return figures
 
 
-def watch(
-    quantizer: Quantizer,
-    batch: Any,
-    forward: Callable[[nn.Module, Any], object],
-    record: Callable[[Any, Tensor, Tensor], None],
-) -> None:
+def _watch(quantizer: Quantizer, batch: Any, forward: Callable[[nn.Module, Any], object], record: Record) -> None:
     """Calls `record` with each observing module, what it quantizes and the result, in one evaluated forward on `batch`.
 
     What is computed in one operator with a quantization is computed apart from it, for which a quantizer is called.
