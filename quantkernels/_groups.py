@@ -54,8 +54,14 @@ class Groups(NamedTuple):
         """How many elements the last group lacks."""
         return self.groups * self.group_size - self.size
 
+    def are_rows(self, input: Tensor) -> bool:
+        """Whether the groups are runs of memory, of a tensor that has one memory format."""
+        return self.axis == input.dim() - 1 < 3 and self.size % self.group_size == 0 and input.is_contiguous()
+
     def rows(self, input: Tensor) -> Tensor:
         """[groups, group_size]; a view where the axis is innermost in memory and groups fill it."""
+        if self.are_rows(input):
+            return input.view(-1, self.group_size)
         moved = input.movedim(self.axis, -1)
         if self.filling > 0:
             moved = torch.nn.functional.pad(moved, (0, self.filling))
@@ -70,7 +76,8 @@ class Groups(NamedTuple):
         shape = self.shape(input)
         if list(parameter.shape) != shape:
             fail(op, argument, f"of shape {shape}", list(parameter.shape))
-        return parameter.movedim(self.axis, -1).reshape(-1)
+        moved = parameter if self.axis == parameter.dim() - 1 else parameter.movedim(self.axis, -1)
+        return moved.reshape(-1)
 
     def in_place_of_elements(self, per_row: Tensor, input: Tensor) -> Tensor:
         """What has a number for each row, [groups], in :meth:`shape`."""
@@ -89,6 +96,8 @@ class Groups(NamedTuple):
 
     def restore(self, rows: Tensor, like: Tensor) -> Tensor:
         """The tensor, in the memory format of `like`; within a vmap, which knows of none, contiguous."""
+        if self.are_rows(like):
+            return rows.view(like.shape)
         sizes = [size for d, size in enumerate(like.shape) if d != self.axis]
         moved = rows.reshape(*sizes, self.groups * self.group_size)[..., : self.size].movedim(-1, self.axis)
         if transforming() or (memory_format := memory_format_index(like)) == 0:

@@ -20,6 +20,7 @@ CHECKS = (
     "reciprocal_float64",
     "thresholds_float32",
     "thresholds_float64",
+    "other_grids",
     "division_by_levels",
     "tanh_accuracy",
     "activation_accuracy",

@@ -61,7 +61,7 @@ struct FilledUp {
   }
 };
 
-template <Activation activation, AffineMode mode, class S, class T = typename ComputeType<S>::type>
+template <Activation activation, class Way, class S, class T = typename ComputeType<S>::type>
 Extrema<T> activate_and_quantize(const AffineJob& job, const AffineConstants<T>& scalars, int64_t begin, int64_t end) {
   using V = Vector<T>;
   const S* const x = static_cast<const S*>(job.input);
@@ -72,8 +72,8 @@ Extrema<T> activate_and_quantize(const AffineJob& job, const AffineConstants<T>&
   const auto vector = [&](const S* from, S* to) QK_INLINE_LAMBDA {
     const V value = lanes<Value<activation>>(V::load(from));
     seen.observe(value);
-    fake_quantize_element<mode, S>(value, grid).store(to);
-    return passing_lanes<mode>(value, grid);
+    Way::template of<S>(value, grid).store(to);
+    return Way::passes(value, grid);
   };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
@@ -92,14 +92,9 @@ Extrema<T> activate_and_quantize(const AffineJob& job, const AffineConstants<T>&
 template <Activation activation, class S, class T = typename ComputeType<S>::type>
 Extrema<T> quantize_activation(const AffineJob& job, int64_t begin, int64_t end) {
   const AffineGrid<T> grid = channel_grid<S>(job, 0);
-  switch (tier_mode<T>(grid.mode)) {
-    case AffineMode::kReciprocal:
-      return activate_and_quantize<activation, AffineMode::kReciprocal, S>(job, grid.constants, begin, end);
-    case AffineMode::kPassThrough:
-      return activate_and_quantize<activation, AffineMode::kPassThrough, S>(job, grid.constants, begin, end);
-    default:
-      return activate_and_quantize<activation, AffineMode::kDivide, S>(job, grid.constants, begin, end);
-  }
+  return dispatch_mode(tier_mode<T>(grid.mode), [&](auto way) {
+    return activate_and_quantize<activation, decltype(way), S>(job, grid.constants, begin, end);
+  });
 }
 
 inline void activation_fake_quantize(const ActivationJob& job, const ObservedExtrema& observed, int64_t begin,

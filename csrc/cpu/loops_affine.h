@@ -26,16 +26,6 @@ QK_INLINE AffineConstants<Vector<T>> broadcast(const AffineConstants<T>& c) {
           V::broadcast(c.pass_high)};
 }
 
-// One bit per lane that passes the gradient.
-template <AffineMode mode, class V>
-QK_INLINE LaneBits passing_lanes(V x, const AffineConstants<V>& c) {
-  if constexpr (mode == AffineMode::kUnbounded) {
-    return equal(x, clamp(x, c.clamp_low, c.clamp_high));
-  } else {
-    return gradient_passes(x, c);
-  }
-}
-
 // The extrema of each lane of the vectors seen so far. Where a lane saw a NaN, `min` stays one.
 template <class T>
 struct LaneExtrema {
@@ -60,36 +50,42 @@ struct LaneExtrema {
   }
 };
 
+// Whether elements computed in this way suit a tier's pairs of vectors.
+template <class Way>
+constexpr bool kSuitsPairs = !std::is_same_v<Way, Divide<IntegerSteps>>;
+
+// f(way) with the way of a mode, of all that loops over vectors have.
+template <class F>
+QK_INLINE auto dispatch_vector_mode(AffineMode mode, const F& f) {
+  if (mode == AffineMode::kMultiplyUnbounded) return f(MultiplyUnbounded<IntegerSteps>{});
+  return dispatch_mode(mode, f);
+}
+
 // `count` whole vectors that share their constants. Returns their extrema if it observes.
-template <AffineMode mode, Store store, bool observes, class S, class T>
+template <class Way, Store store, bool observes, class S, class T>
 Extrema<T> quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineConstants<T>& scalars) {
   using V = Vector<T>;
   const AffineConstants<V> c = broadcast(scalars);
   LaneExtrema<T> extrema = LaneExtrema<T>::empty();
-  map_masked<mode != AffineMode::kDivide, store>(
+  map_masked<kSuitsPairs<Way>, store>(
       x, y, mask, count,
       [&](V value) QK_INLINE_LAMBDA {
         if constexpr (observes) extrema.observe(value);
-        return fake_quantize_element<mode, S>(value, c);
+        return Way::template of<S>(value, c);
       },
-      [&](V value) QK_INLINE_LAMBDA { return passing_lanes<mode>(value, c); });
+      [&](V value) QK_INLINE_LAMBDA { return Way::passes(value, c); });
   if constexpr (observes) return extrema.combined();
   return Extrema<T>::empty();
 }
 
 template <Store store, bool observes, class S, class T>
 Extrema<T> quantize_vectors(const S* x, S* y, uint8_t* mask, int64_t count, const AffineGrid<T>& grid) {
-  switch (grid.mode) {
-    case AffineMode::kReciprocal:
-      return quantize_vectors<AffineMode::kReciprocal, store, observes>(x, y, mask, count, grid.constants);
-    case AffineMode::kPassThrough:
-      return quantize_vectors<AffineMode::kPassThrough, store, observes>(x, y, mask, count, grid.constants);
-    case AffineMode::kUnbounded:
-      return quantize_vectors<AffineMode::kUnbounded, store, observes>(x, y, mask, count, grid.constants);
-    default:
-      return quantize_vectors<AffineMode::kDivide, store, observes>(x, y, mask, count, grid.constants);
-  }
+  return dispatch_vector_mode(grid.mode, [&](auto way) {
+    return quantize_vectors<decltype(way), store, observes>(x, y, mask, count, grid.constants);
+  });
 }
+
+constexpr LaneBits kAllLanes = static_cast<LaneBits>(-1);
 
 // A table of constants, read and written with its types.
 template <class T>
@@ -128,8 +124,10 @@ class TypedTable {
     values.clamp_high.store(c + 4 * d);
     values.pass_low.store(c + 5 * d);
     values.pass_high.store(c + 6 * d);
+    std::memset(modes_ + slot, static_cast<int>(mode), kLanes);
+    if (lanes == kAllLanes) return;
     for (int lane = 0; lane < kLanes; ++lane) {
-      modes_[slot + lane] = static_cast<uint8_t>((lanes >> lane & 1) != 0 ? mode : AffineMode::kDivide);
+      if ((lanes >> lane & 1) == 0) modes_[slot + lane] = static_cast<uint8_t>(AffineMode::kDivide);
     }
   }
 
@@ -143,10 +141,10 @@ inline bool table_has(const AffineTable& table, AffineMode mode) {
   return std::memchr(table.modes, static_cast<int>(mode), static_cast<size_t>(table.slots)) != nullptr;
 }
 
-// The division in place of the reciprocal where that would be slow.
+// The division in place of multiplications where these would be slow.
 template <class T>
 AffineMode tier_mode(AffineMode mode) {
-  return !kHasFusedMultiplyAdd<T> && mode == AffineMode::kReciprocal ? AffineMode::kDivide : mode;
+  return !kHasFusedMultiplyAdd<T> && mode == AffineMode::kMultiply ? AffineMode::kDivide : mode;
 }
 
 // The channels of a table's slots in order, a vector at a time.
@@ -178,46 +176,77 @@ class ChannelsOfSlots {
 
 inline bool has_activation(const AffineJob& job) { return job.low > -INFINITY || job.high < INFINITY; }
 
-// Whether reciprocals become kUnbounded: where loading constants or arithmetic bounds a loop. In a cache, on AVX2, that
-// gains 5 to 11 % over half formats and 11 to 19 % over rows of float32; over float32 of one channel it gains 5 %, and
-// loses as much beyond the cache.
+// Whether kMultiply becomes kMultiplyUnbounded: where loading constants or arithmetic bounds a loop. In a cache, on
+// AVX2, that gains 5 to 11 % over half formats and 11 to 19 % over rows of float32; over float32 of one channel it
+// gains 5 %, and loses as much beyond the cache.
 inline bool unbounded_is_faster(const AffineJob& job) {
   const bool half = job.dtype == DType::kFloat16 || job.dtype == DType::kBFloat16;
-  return !has_activation(job) && (half || AffineTable::has_slot_per_element(job.view));
+  return !has_activation(job) &&
+         (half || AffineTable::has_slot_per_element(job.view) || AffineTable::has_short_runs(job.view));
 }
 
-// The constants of kLanes slots, which belong to these channels.
-template <class S, class T = typename ComputeType<S>::type>
-QK_INLINE void set_slots(const AffineJob& job, const int64_t (&channel)[kLanes], TypedTable<T>& table, int64_t slot) {
-  float scale[kLanes];
-  int32_t zero_point[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const QuantizationParameters p = channel_parameters(job, channel[lane]);
-    scale[lane] = p.scale;
-    zero_point[lane] = p.zero_point;
+// What channels have of a list of numbers.
+template <class Number>
+QK_INLINE Vector<float> take(const Number* numbers, const int64_t (&channel)[kLanes]) {
+  if (channel[kLanes - 1] == channel[0] + kLanes - 1) return Vector<float>::load(numbers + channel[0]);  // neighbours
+  Number taken[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) taken[lane] = numbers[channel[lane]];
+  return Vector<float>::load(taken);
+}
+
+// Scale and zero point of each channel, as channel_parameters gives them.
+QK_INLINE GridParameters<Vector<float>> lane_parameters(const AffineJob& job, const int64_t (&channel)[kLanes]) {
+  using V = Vector<float>;
+  if (job.range != nullptr) {
+    const V min = take(job.range, channel), max = take(job.range + job.view.channels, channel);
+    return choose_parameters(min, max, job.quant_min, job.quant_max, job.symmetric);
   }
-  T least[kLanes], most[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) least[lane] = static_cast<T>(int64_t{job.quant_min} - zero_point[lane]);
-  for (int lane = 0; lane < kLanes; ++lane) most[lane] = static_cast<T>(int64_t{job.quant_max} - zero_point[lane]);
+  const V quant_min = V::broadcast(static_cast<float>(job.quant_min));
+  const V quant_max = V::broadcast(static_cast<float>(job.quant_max));
+  return {take(job.scale, channel), clamp(take(job.zero_point, channel), quant_min, quant_max)};
+}
+
+// Those whose range has seen nothing.
+QK_INLINE LaneBits lanes_passing_through(const AffineJob& job, const int64_t (&channel)[kLanes]) {
+  using V = Vector<float>;
+  const V min = take(job.range, channel), max = take(job.range + job.view.channels, channel);
+  const V zero = V::broadcast(0.0f), largest = V::broadcast(kLargest<float>);
+  const int finite =
+      inclusively_between(min, zero - largest, largest) & inclusively_between(max, zero - largest, largest);
+  const int zeros = equal(min, zero) & equal(max, zero);
+  return static_cast<LaneBits>(~finite | zeros);
+}
+
+// The constants of kLanes slots, which belong to these channels. Whether all have the mode of the first.
+template <class S, class T = typename ComputeType<S>::type>
+QK_INLINE bool set_slots(const AffineJob& job, const int64_t (&channel)[kLanes], TypedTable<T>& table, int64_t slot) {
+  using F = Vector<float>;
   using V = Vector<T>;
+  const GridParameters<F> parameters = lane_parameters(job, channel);
+  float scale[kLanes], least[kLanes], most[kLanes];
+  parameters.scale.store(scale);
+  (F::broadcast(static_cast<float>(job.quant_min)) - parameters.zero_point).store(least);
+  (F::broadcast(static_cast<float>(job.quant_max)) - parameters.zero_point).store(most);
   const V scales = V::load(scale), level_min = V::load(least), level_max = V::load(most);
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
-  AffineConstants<V> constants = make_constants(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
-  constexpr LaneBits kAll = static_cast<LaneBits>(-1);
-  const LaneBits reciprocal =
+  AffineConstants<V> constants =
+      make_constants<IntegerSteps>(scales, level_min, level_max, V::broadcast(low), V::broadcast(high));
+  const LaneBits multiplies =
       kHasFusedMultiplyAdd<T> ? reciprocal_divides<S>(absolute(scales), level_min, level_max) : LaneBits{0};
-  AffineMode mode = AffineMode::kReciprocal;
-  if (reciprocal == kAll && unbounded_is_faster(job)) {
+  AffineMode mode = AffineMode::kMultiply;
+  if (multiplies == kAllLanes && unbounded_is_faster(job)) {
     clamp_to_passing(constants);
-    mode = AffineMode::kUnbounded;
+    mode = AffineMode::kMultiplyUnbounded;
   }
-  table.store(slot, constants, mode, reciprocal);
-  if (job.range == nullptr) return;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (!passes_through(job, channel[lane])) continue;
+  table.store(slot, constants, mode, multiplies);
+  if (job.range == nullptr) return multiplies == kAllLanes;
+  const LaneBits unseen = lanes_passing_through(job, channel);
+  for (int lane = 0; unseen != 0 && lane < kLanes; ++lane) {
+    if ((unseen >> lane & 1) == 0) continue;
     table.set(slot + lane, {make_pass_through(low, high), AffineMode::kPassThrough});
   }
+  return multiplies == kAllLanes && unseen == 0;
 }
 
 template <class S>
@@ -226,9 +255,9 @@ void affine_table_typed(const AffineJob& job, const AffineTable& table, int64_t 
   if (table.slots == 1) {
     AffineGrid<T> grid = channel_grid<S>(job, 0);
     grid.mode = tier_mode<T>(grid.mode);
-    if (grid.mode == AffineMode::kReciprocal && unbounded_is_faster(job)) {
+    if (grid.mode == AffineMode::kMultiply && unbounded_is_faster(job)) {
       clamp_to_passing(grid.constants);
-      grid.mode = AffineMode::kUnbounded;
+      grid.mode = AffineMode::kMultiplyUnbounded;
     }
     TypedTable<T>(table).set(0, grid);
     return;
@@ -337,25 +366,25 @@ class SegmentWalk {
   int64_t position_, end_, segment_end_, channel_;
 };
 
-// One vector: quantized, stored, one bit per element. For kUnbounded two constants less are loaded.
-template <AffineMode mode, Store store, class S, class T>
+// One vector: quantized, stored, one bit per element. Of constants only those are loaded that the way needs.
+template <class Way, Store store, class S, class T>
 QK_INLINE LaneBits quantize_vector(const S* x, S* y, const TypedTable<T>& table, int64_t slot) {
   const Vector<T> value = Vector<T>::load(x);
   const AffineConstants<Vector<T>> c = table.load(slot);
-  put<store>(fake_quantize_element<mode, S>(value, c), y);
-  return passing_lanes<mode>(value, c);
+  put<store>(Way::template of<S>(value, c), y);
+  return Way::passes(value, c);
 }
 
 // The same for a vector by itself. Inlined into its loop, g++ would make it scalar on the baseline tier, which takes
 // four times as long.
-template <AffineMode mode, Store store, class S, class T>
+template <class Way, Store store, class S, class T>
 [[gnu::noinline]] LaneBits quantize_vector_apart(const S* x, S* y, const TypedTable<T>& table, int64_t slot) {
-  return quantize_vector<mode, store>(x, y, table, slot);
+  return quantize_vector<Way, store>(x, y, table, slot);
 }
 
 // A part whose vectors cross channels, over a table with a slot per element of a row. All is in variables, nothing in
 // members: for all the compiler knows, a store to the mask's bytes changes a member.
-template <AffineMode mode, Store store, class S, class T = typename ComputeType<S>::type>
+template <class Way, Store store, class S, class T = typename ComputeType<S>::type>
 void quantize_rows(const AffineJob& job, const AffineTable& constants, int64_t begin, int64_t end) {
   const S* const x = static_cast<const S*>(job.input);
   S* const y = static_cast<S*>(job.output);
@@ -374,18 +403,18 @@ void quantize_rows(const AffineJob& job, const AffineTable& constants, int64_t b
     if constexpr (kPrefetchesBesideConstants<T>) prefetch_vectors<kBlockVectors>(x + i);
     for (int v = 0; v < kBlockVectors; ++v) {
       const int64_t at = v * kLanes;
-      bits[v] = quantize_vector<mode, store>(x + i + at, y + i + at, table, slot + at);
+      bits[v] = quantize_vector<Way, store>(x + i + at, y + i + at, table, slot + at);
     }
     std::memcpy(mask + i / 8, bits, sizeof(bits));
   }
   for (; i + kLanes <= end; advance(kLanes, vector_slots)) {
-    const LaneBits bits = quantize_vector_apart<mode, store>(x + i, y + i, table, slot);
+    const LaneBits bits = quantize_vector_apart<Way, store>(x + i, y + i, table, slot);
     std::memcpy(mask + i / 8, &bits, sizeof(bits));
   }
   if (i == end) return;
   S last[kLanes];
   const LaneBits bits =
-      quantize_vector_apart<mode, Store::kCached>(Padded<S>(x + i, end - i).element, last, table, slot);
+      quantize_vector_apart<Way, Store::kCached>(Padded<S>(x + i, end - i).element, last, table, slot);
   std::copy_n(last, end - i, y + i);
   put_last_bits(bits, end - i, mask + i / 8);
 }
@@ -440,29 +469,89 @@ class ColumnExtrema {
   std::vector<T> min_, max_;
 };
 
-QK_NAMESPACE_END
+// Short runs of one channel, such as groups, whose constants are computed for kLanes runs at a time, where they are
+// needed: a table of all would be more to read than the elements. A part begins on a vector, and runs are whole ones.
+template <Store store, class S>
+class ShortRuns {
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
 
-#include "loops_groups.h"
+ public:
+  ShortRuns(const AffineJob& job, int64_t begin, int64_t end)
+      : job_(job), position_(begin), stop_((begin / job.view.inner + 1) * job.view.inner), end_(end) {}
 
-QK_NAMESPACE_BEGIN
+  void run() {
+    ChannelsOfSlots channels(job_.view, position_ / job_.view.inner);
+    while (position_ < end_) {
+      int64_t channel[kLanes];
+      channels.next(channel);
+      if (!set_slots<S>(job_, channel, table_, 0)) {
+        take_one_by_one();
+      } else if (modes_[0] == static_cast<uint8_t>(AffineMode::kMultiply)) {
+        take<Multiply<IntegerSteps>>();
+      } else {
+        take<MultiplyUnbounded<IntegerSteps>>();
+      }
+    }
+  }
+
+ private:
+  template <class Way>
+  void take() {
+    const S* const x = static_cast<const S*>(job_.input);
+    S* const y = static_cast<S*>(job_.output);
+    uint8_t* const mask = job_.mask;
+    const int64_t inner = job_.view.inner, end = end_;
+    int64_t i = position_, stop = stop_;
+    for (int run = 0; run < kLanes && i < end; ++run, stop += inner) {
+      const AffineConstants<V> c = broadcast(table_.grid(run).constants);
+      for (const int64_t last = std::min(stop, end); i < last; i += kLanes) {
+        const V value = V::load(x + i);
+        put<store>(Way::template of<S>(value, c), y + i);
+        const LaneBits bits = Way::passes(value, c);
+        std::memcpy(mask + i / 8, &bits, sizeof(bits));
+      }
+    }
+    position_ = i;
+    stop_ = stop;
+  }
+
+  void take_one_by_one() {
+    for (int run = 0; run < kLanes && position_ < end_; ++run, position_ = stop_, stop_ += job_.view.inner) {
+      quantize_vectors<store, false>(static_cast<const S*>(job_.input) + position_,
+                                     static_cast<S*>(job_.output) + position_, job_.mask + position_ / 8,
+                                     (std::min(stop_, end_) - position_) / kLanes, table_.grid(run));
+    }
+  }
+
+  const AffineJob& job_;
+  int64_t position_, stop_, end_;
+  T constants_[AffineTable::kConstants * kLanes];
+  uint8_t modes_[kLanes];
+  TypedTable<T> table_{{constants_, modes_, kLanes}};
+};
+
+template <Store store, class S>
+void quantize_short_runs(const AffineJob& job, int64_t begin, int64_t end) {
+  ShortRuns<store, S>(job, begin, end).run();
+}
 
 template <Store store, class S>
 void quantize_narrow(const AffineJob& job, const AffineTable& table, int64_t begin, int64_t end) {
   // A channel that passes through is rare: only then are segments, shorter than a vector, taken one by one.
   if (table_has(table, AffineMode::kPassThrough))
     return SegmentWalk<store, false, S>(job, table, nullptr, begin, end).run();
-  // Dividing is right for every channel, and two multiplications are for one that is kUnbounded.
-  if (table_has(table, AffineMode::kDivide))
-    return quantize_rows<AffineMode::kDivide, store, S>(job, table, begin, end);
-  if (table_has(table, AffineMode::kReciprocal))
-    return quantize_rows<AffineMode::kReciprocal, store, S>(job, table, begin, end);
-  return quantize_rows<AffineMode::kUnbounded, store, S>(job, table, begin, end);
+  // Dividing is right for every channel, and two multiplications are for one that is kMultiplyUnbounded.
+  const AffineMode mode = table_has(table, AffineMode::kDivide)     ? AffineMode::kDivide
+                          : table_has(table, AffineMode::kMultiply) ? AffineMode::kMultiply
+                                                                    : AffineMode::kMultiplyUnbounded;
+  dispatch_vector_mode(mode, [&](auto way) { quantize_rows<decltype(way), store, S>(job, table, begin, end); });
 }
 
 template <Store store, class S>
 void fake_quantize_typed(const AffineJob& job, const AffineTable& table, const ObservedExtrema* observed, int64_t begin,
                          int64_t end) {
-  if (table.slots == 0) return quantize_groups<store, S>(job, begin, end);
+  if (table.slots == 0) return quantize_short_runs<store, S>(job, begin, end);
   if (!AffineTable::has_slot_per_element(job.view)) {
     if (observed == nullptr) return SegmentWalk<store, false, S>(job, table, observed, begin, end).run();
     return SegmentWalk<store, true, S>(job, table, observed, begin, end).run();

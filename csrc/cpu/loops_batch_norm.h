@@ -380,7 +380,7 @@ struct Repeated {
 };
 
 // Batch norm's element: normalised, quantized, its bit of the mask.
-template <AffineMode mode, Store store, bool observes, class S>
+template <class Way, Store store, bool observes, class S>
 class NormaliseElement {
  public:
   using Number = typename ComputeType<S>::type;
@@ -405,14 +405,14 @@ class NormaliseElement {
     LaneExtrema<T> seen = seen_;
     const auto value_of = [&](const V& x)
                               QK_INLINE_LAMBDA { return normalised(x, c.value[0], c.value[1], c.value[2]); };
-    map_masked<mode != AffineMode::kDivide, store>(
+    map_masked<kSuitsPairs<Way>, store>(
         x_ + i, y_ + i, mask_ + i / 8, count,
         [&](V x) QK_INLINE_LAMBDA {
           const V value = value_of(x);
           if constexpr (observes) seen.observe(value);
-          return fake_quantize_element<mode, S>(value, grid);
+          return Way::template of<S>(value, grid);
         },
-        [&](V x) QK_INLINE_LAMBDA { return passing_lanes<mode>(value_of(x), grid); });
+        [&](V x) QK_INLINE_LAMBDA { return Way::passes(value_of(x), grid); });
     seen_ = seen;
   }
 
@@ -468,8 +468,8 @@ class NormaliseElement {
                                      LaneExtrema<T>& seen) {
     const V value = normalised(V::load(x), c.value[0], c.value[1], c.value[2]);
     if constexpr (observes) seen.observe(value);
-    put<way>(fake_quantize_element<mode, S>(value, grid), y);
-    return passing_lanes<mode>(value, grid);
+    put<way>(Way::template of<S>(value, grid), y);
+    return Way::passes(value, grid);
   }
 
   const S* x_;
@@ -497,23 +497,15 @@ void dispatch_batch_norm_store(Store store, const S* output, const F& f) {
   }
 }
 
-// Calls f(mode, store, constants) with the mode and the way of storing as types.
+// Calls f(way, store, constants) with the ways of computing and of storing as types.
 template <class S, class F>
 void dispatch_normalise(const AffineJob& job, Store store, const F& f) {
   using T = typename ComputeType<S>::type;
   const AffineGrid<T> grid = tier_normalised_grid<S>(job);
-  const auto in_mode = [&](auto mode) {
+  dispatch_mode(grid.mode, [&](auto way) {
     dispatch_batch_norm_store<T>(store, static_cast<const S*>(job.output),
-                                 [&](auto way) { f(mode, way, grid.constants); });
-  };
-  switch (grid.mode) {
-    case AffineMode::kReciprocal:
-      return in_mode(std::integral_constant<AffineMode, AffineMode::kReciprocal>{});
-    case AffineMode::kPassThrough:
-      return in_mode(std::integral_constant<AffineMode, AffineMode::kPassThrough>{});
-    default:
-      return in_mode(std::integral_constant<AffineMode, AffineMode::kDivide>{});
-  }
+                                 [&](auto constant) { f(way, constant, grid.constants); });
+  });
 }
 
 inline void normalise(const BatchNormJob& job, const BatchNormTable& table, Store store,
@@ -521,15 +513,15 @@ inline void normalise(const BatchNormJob& job, const BatchNormTable& table, Stor
   dispatch_storage(job.quantization.dtype, [&](auto storage) {
     using S = decltype(storage);
     using T = typename ComputeType<S>::type;
-    dispatch_normalise<S>(job.quantization, store, [&](auto mode, auto way, const AffineConstants<T>& grid) {
-      constexpr AffineMode kMode = decltype(mode)::value;
-      constexpr Store kStore = decltype(way)::value;
+    dispatch_normalise<S>(job.quantization, store, [&](auto way, auto constant, const AffineConstants<T>& grid) {
+      using Way = decltype(way);
+      constexpr Store kStore = decltype(constant)::value;
       if (observed == nullptr) {
-        using Element = NormaliseElement<kMode, kStore, false, S>;
+        using Element = NormaliseElement<Way, kStore, false, S>;
         Element element(job.quantization, grid);
         return ConstantsWalk<Element>(job.view, table).run(element, begin, end);
       }
-      using Element = NormaliseElement<kMode, kStore, true, S>;
+      using Element = NormaliseElement<Way, kStore, true, S>;
       Element element(job.quantization, grid);
       ConstantsWalk<Element>(job.view, table).run(element, begin, end);
       const Extrema<T> seen = element.seen();
@@ -542,8 +534,8 @@ inline void normalise_channel(const BatchNormJob& job, const BatchNormTable& tab
   dispatch_storage(job.quantization.dtype, [&](auto storage) {
     using S = decltype(storage);
     using T = typename ComputeType<S>::type;
-    dispatch_normalise<S>(job.quantization, store, [&](auto mode, auto way, const AffineConstants<T>& grid) {
-      NormaliseElement<decltype(mode)::value, decltype(way)::value, false, S> element(job.quantization, grid);
+    dispatch_normalise<S>(job.quantization, store, [&](auto way, auto constant, const AffineConstants<T>& grid) {
+      NormaliseElement<decltype(way), decltype(constant)::value, false, S> element(job.quantization, grid);
       const auto constants = LaneConstants<T, cpu::kNormalisedConstants>::broadcast(table, channel);
       for (int64_t o = 0; o < job.view.outer; ++o) {
         element.run((o * job.view.channels + channel) * job.view.inner, job.view.inner / kLanes, constants);

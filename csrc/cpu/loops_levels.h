@@ -33,8 +33,7 @@ void values_of(const uint8_t* bytes, S* values, int64_t count, const LevelGrid<t
 
 template <class S>
 bool pack_levels(const LevelsJob& job, int64_t begin, int64_t end) {
-  const auto grid =
-      level_grid<typename ComputeType<S>::type>({job.scale, job.zero_point}, job.quant_min, job.quant_max);
+  const auto grid = level_grid<typename ComputeType<S>::type>(job);
   const S* const values = static_cast<const S*>(job.values);
   if (!job.pairs) return bytes_of(values + begin, job.levels + begin, end - begin, grid);
   bool exact = true;
@@ -52,8 +51,7 @@ bool pack_levels(const LevelsJob& job, int64_t begin, int64_t end) {
 
 template <class S>
 void unpack_levels(const LevelsJob& job, int64_t begin, int64_t end) {
-  const auto grid =
-      level_grid<typename ComputeType<S>::type>({job.scale, job.zero_point}, job.quant_min, job.quant_max);
+  const auto grid = level_grid<typename ComputeType<S>::type>(job);
   S* const values = static_cast<S*>(job.values);
   if (!job.pairs) {
     values_of(job.levels + begin, values + begin, end - begin, grid);

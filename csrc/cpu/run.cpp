@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 
 #include "../numerics/channel.h"
@@ -47,21 +48,21 @@ const Kernels& choose_kernels() {
                            forced);
 }
 
-// The table of a job's constants and the memory behind it: a single channel's are in this object, more on the heap, and
-// for short runs there are none.
+// The table of a job's constants and the memory behind it: those of few channels are in this object, more on the heap,
+// and for short runs there are none.
 class JobConstants {
  public:
   JobConstants(const Kernels& kernels, const AffineJob& job, ParallelFor parallel_for) {
     const bool has_table = job.pending != nullptr || !AffineTable::has_short_runs(job.view);
     const int64_t slots = has_table ? AffineTable::slots_for(job.view) : 0;
-    if (slots <= 1) {
-      table_ = {single_, &single_mode_, slots};
-    } else {
-      const size_t bytes = static_cast<size_t>(AffineTable::kConstants * slots) *
-                           (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
-      many_.reset(static_cast<uint8_t*>(::operator new(bytes + static_cast<size_t>(slots), kLine)));
-      table_ = {many_.get(), many_.get() + bytes, slots};
+    const size_t bytes = static_cast<size_t>(AffineTable::kConstants * slots) *
+                         (job.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+    uint8_t* memory = few_;
+    if (slots > kFew) {
+      many_.reset(static_cast<uint8_t*>(::operator new(bytes + static_cast<size_t>(slots), std::align_val_t{kLine})));
+      memory = many_.get();
     }
+    table_ = {memory, memory + bytes, slots};
     const int64_t vectors = (slots + kLanes - 1) / kLanes;
     parallel(parallel_for, vectors, kArithmeticGrain / kSlotCost / kLanes, [&](int64_t begin, int64_t end) {
       kernels.affine_table(job, table_, begin * kLanes, std::min(end * kLanes, slots));
@@ -71,14 +72,14 @@ class JobConstants {
 
  private:
   static constexpr int64_t kSlotCost = 16;  // in elements quantized
+  static constexpr int64_t kFew = 3 * kLanes;
   // Of a cache. Loops load from a table a vector at a time, and would pay for one that lies on two lines.
-  static constexpr std::align_val_t kLine{64};
+  static constexpr size_t kLine = 64;
   struct Free {
-    void operator()(uint8_t* memory) const { ::operator delete(memory, kLine); }
+    void operator()(uint8_t* memory) const { ::operator delete(memory, std::align_val_t{kLine}); }
   };
 
-  double single_[AffineTable::kConstants];
-  uint8_t single_mode_;
+  alignas(kLine) uint8_t few_[kFew * (AffineTable::kConstants * sizeof(double) + 1)];
   std::unique_ptr<uint8_t, Free> many_;
   AffineTable table_;
 };
@@ -264,13 +265,16 @@ void store_weight_statistic(const DoReFaWeightJob& job, ParallelFor parallel_for
   kernels.tanh_of(job.dtype, &largest, statistic);
 }
 
+Store store_of(const AffineJob& job) {
+  return store_for(job.input, job.output, job.view.numel() * element_size(job.dtype));
+}
+
 template <class T>
-void quantize(const AffineJob& job, ParallelFor parallel_for) {
+void quantize(const AffineJob& job, Store store, ParallelFor parallel_for) {
   const int64_t numel = job.view.numel();
   if (numel == 0) return;
   const Kernels& kernels = active_kernels();
   const JobConstants constants(kernels, job, parallel_for);
-  const Store store = store_for(job.input, job.output, numel * element_size(job.dtype));
   std::mutex widening;
   parallel_elements(parallel_for, numel, kGrain, [&](int64_t begin, int64_t end) {
     if (job.pending == nullptr) return kernels.fake_quantize(job, constants.table(), store, nullptr, begin, end);
@@ -280,6 +284,52 @@ void quantize(const AffineJob& job, ParallelFor parallel_for) {
     const std::lock_guard<std::mutex> lock(widening);
     widen_pending(job, seen);
   });
+}
+
+void quantize(const AffineJob& job, Store store, ParallelFor parallel_for) {
+  if (job.dtype == DType::kFloat64) return quantize<double>(job, store, parallel_for);
+  return quantize<float>(job, store, parallel_for);
+}
+
+// In the thread that calls.
+void one_thread(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) { body(begin, end, context); }
+
+// The channels [begin, end) of a job whose channels lie one after the other.
+void quantize_channels(const CurrentJob& job, int64_t begin, int64_t end, Store store) {
+  CurrentJob part = job;
+  const int64_t channels = job.range.view.channels, first = begin * job.range.view.inner;
+  part.quantization.input = part.range.input =
+      static_cast<const char*>(job.range.input) + first * element_size(job.range.dtype);
+  part.quantization.output = static_cast<char*>(job.quantization.output) + first * element_size(job.range.dtype);
+  part.quantization.mask += first / 8;
+  part.quantization.view.channels = part.range.view.channels = end - begin;
+  std::vector<float> range(static_cast<size_t>(2 * (end - begin)));
+  part.quantization.range = part.range.range = range.data();
+  run(part.range, &one_thread);
+  quantize(part.quantization, store, &one_thread);
+  std::copy_n(range.data(), end - begin, job.range.range + begin);
+  std::copy_n(range.data() + (end - begin), end - begin, job.range.range + channels + begin);
+}
+
+// Channels that lie one after the other are quantized by the thread that has just found their extrema, while its cache
+// has them.
+void quantize(const CurrentJob& job, ParallelFor parallel_for) {
+  constexpr int64_t kCachedElements = 1 << 14;
+  const ChannelView& view = job.range.view;
+  const Store store = store_of(job.quantization);
+  if (view.channels == 1 || view.outer > 1) {
+    run(job.range, parallel_for);
+    return quantize(job.quantization, store, parallel_for);
+  }
+  // So many channels that the next ones begin at a multiple of kPartAlignment.
+  const int64_t whole = kPartAlignment / std::gcd(kPartAlignment, view.inner);
+  const int64_t part = (kCachedElements / view.inner / whole + 1) * whole;
+  parallel(parallel_for, (view.channels + part - 1) / part, std::max<int64_t>(kGrain / (part * view.inner), 1),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t p = begin; p < end; ++p) {
+               quantize_channels(job, p * part, std::min((p + 1) * part, view.channels), store);
+             }
+           });
 }
 
 // How the sums of a view's channels are made of parts, which no number of threads shows in. Per tensor, of parts of
@@ -373,12 +423,9 @@ void run_each(const Job* jobs, int64_t count, ParallelFor parallel_for, const Nu
     begins.push_back(total);
     total += numel + kJobCost;
   }
-  const ParallelFor in_this_thread = [](int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-    body(begin, end, context);
-  };
   parallel(parallel_for, total, kGrain, [&](int64_t begin, int64_t end) {
     size_t i = static_cast<size_t>(std::lower_bound(begins.begin(), begins.end(), begin) - begins.begin());
-    for (; i < shared.size() && begins[i] < end; ++i) run_job(*shared[i], in_this_thread);
+    for (; i < shared.size() && begins[i] < end; ++i) run_job(*shared[i], &one_thread);
   });
 }
 
@@ -397,10 +444,7 @@ std::vector<std::string> available_tiers() {
 
 const char* active_tier() { return active_kernels().name; }
 
-void run(const AffineJob& job, ParallelFor parallel_for) {
-  if (job.dtype == DType::kFloat64) return quantize<double>(job, parallel_for);
-  return quantize<float>(job, parallel_for);
-}
+void run(const AffineJob& job, ParallelFor parallel_for) { quantize(job, store_of(job), parallel_for); }
 
 void run(const RangeJob& job, ParallelFor parallel_for) {
   if (job.dtype == DType::kFloat64) return store_range<double>(job, parallel_for);
@@ -410,10 +454,7 @@ void run(const RangeJob& job, ParallelFor parallel_for) {
 void run(const CurrentJobs& jobs, ParallelFor parallel_for) {
   run_each(
       jobs.jobs, jobs.count, parallel_for, [](const CurrentJob& job) { return job.range.view.numel(); },
-      [](const CurrentJob& job, ParallelFor of_job) {
-        run(job.range, of_job);
-        run(job.quantization, of_job);
-      });
+      [](const CurrentJob& job, ParallelFor of_job) { quantize(job, of_job); });
 }
 
 void run(const StraightThroughJobs& jobs, ParallelFor parallel_for) {

@@ -13,6 +13,10 @@ struct F32 {
   static QK_INLINE F32 broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 
   static QK_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static QK_INLINE F32 load(const int32_t* p) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(from)), _mm256_cvtepi32_ps(_mm256_loadu_si256(from + 1))};
+  }
   static QK_INLINE F32 load(const Half* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
@@ -349,6 +353,10 @@ QK_INLINE F64 widened(F32 x) {
            _mm256_cvtps_pd(_mm256_castps256_ps128(x.high)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.high, 1))}};
 }
 QK_INLINE F64 widened(F64 x) { return x; }
+QK_INLINE F32 narrowed(F64 x) {
+  return {_mm256_set_m128(_mm256_cvtpd_ps(x.part[1]), _mm256_cvtpd_ps(x.part[0])),
+          _mm256_set_m128(_mm256_cvtpd_ps(x.part[3]), _mm256_cvtpd_ps(x.part[2]))};
+}
 // The lanes whose bit is set, zero elsewhere.
 QK_INLINE F32 selected(LaneBits bits, F32 x) {
   const __m256i all = _mm256_set1_epi32(bits);

@@ -20,6 +20,7 @@ struct F32 {
   static QK_INLINE F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
 
   static QK_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static QK_INLINE F32 load(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
   static QK_INLINE F32 load(const Half* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
@@ -348,6 +349,9 @@ QK_INLINE F64 widened(F32 x) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(x.value)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.value, 1))};
 }
 QK_INLINE F64 widened(F64 x) { return x; }
+QK_INLINE F32 narrowed(F64 x) {
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.low)), _mm512_cvtpd_ps(x.high), 1)};
+}
 // The lanes whose bit is set, zero elsewhere.
 QK_INLINE F32 selected(LaneBits bits, F32 x) { return {_mm512_maskz_mov_ps(bits, x.value)}; }
 QK_INLINE F64 selected(LaneBits bits, F64 x) {

@@ -267,6 +267,11 @@ QK_INLINE Lanes<double> widened(const Lanes<T>& x) {
   for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<double>(x.lane[i]);
   return r;
 }
+QK_INLINE Lanes<float> narrowed(const Lanes<double>& x) {
+  Lanes<float> r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<float>(x.lane[i]);
+  return r;
+}
 // The lanes whose bit is set, zero elsewhere.
 template <class T>
 QK_INLINE Lanes<T> selected(LaneBits bits, const Lanes<T>& x) {

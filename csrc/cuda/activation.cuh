@@ -29,8 +29,7 @@ __device__ __forceinline__ Extrema<float> activate_and_quantize(const AffineJob&
         input, static_cast<S*>(job.output), job.mask, first, numel, input[first], [&](Compute<S> x, bool& passes) {
           const Compute<S> value = activated<activation>(x);
           seen.combine(static_cast<float>(value), static_cast<float>(value));
-          passes = gradient_passes(value, grid.constants);
-          return quantize_by_mode<S>(value, grid);
+          return quantize_by_mode<S>(value, grid, passes);
         });
   });
   return seen;

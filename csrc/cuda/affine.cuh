@@ -18,18 +18,30 @@ template <class S, bool kAligned>
 constexpr int kTensorChunk = kAligned && sizeof(S) == 4 ? kPackElements<S> : kChunkElements<S, kAligned>;
 
 // A grid of float64 divides only where its given scale is zero or not finite, and there a product tells the quotient.
-template <AffineMode mode, class S, class T = Compute<S>>
-__device__ __forceinline__ T quantize_element(T x, const AffineConstants<T>& c) {
-  if constexpr (mode == AffineMode::kDivide && std::is_same_v<T, double>) {
-    const T quotient = clamp(x, c.clamp_low, c.clamp_high) * c.inverse_high;
-    return multiply_unsigned_zero(clamp(quotient, T(-kBeyondGrids), T(kBeyondGrids)), c.scale);
+struct DivideFloat64 : PassThrough {
+  template <class S>
+  static __device__ __forceinline__ double of(double x, const AffineConstants<double>& c) {
+    const double quotient = PassThrough::of<S>(x, c) * c.inverse_high;
+    return multiply_unsigned_zero(clamp(quotient, double{-kBeyondGrids}, double{kBeyondGrids}), c.scale);
+  }
+};
+
+// f(way) with the way of a mode. The grid of a range that was observed has a scale that float64 multiplies by.
+template <class S, bool kObserved, class F>
+__device__ __forceinline__ void dispatch_way(AffineMode mode, const F& f) {
+  if constexpr (sizeof(S) < sizeof(double)) {
+    dispatch_mode(mode, f);
+  } else if (mode == AffineMode::kPassThrough) {
+    f(PassThrough{});
+  } else if (!kObserved && mode == AffineMode::kDivide) {
+    f(DivideFloat64{});
   } else {
-    return fake_quantize_element<mode, S>(x, c);
+    f(Multiply<IntegerSteps>{});
   }
 }
 
 // Widens `seen` by what the thread reads, if it observes. As float32, which pending extrema are: rounding is monotonic.
-template <AffineMode mode, bool kObserves, class S, bool kAligned>
+template <class Way, bool kObserves, class S, bool kAligned>
 __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t numel,
                                                const AffineConstants<Compute<S>>& constants, Extrema<float>& seen) {
   for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
@@ -38,40 +50,30 @@ __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t num
     quantize_pack<kTensorChunk<S, kAligned>, kTensorChunk<S, kAligned>, kAligned>(
         input, static_cast<S*>(job.output), job.mask, first, numel, seen_anyway, [&](Compute<S> x, bool& passes) {
           if constexpr (kObserves) seen.combine(static_cast<float>(x), static_cast<float>(x));
-          passes = gradient_passes(x, constants);
-          return quantize_element<mode, S>(x, constants);
+          passes = Way::passes(x, constants);
+          return Way::template of<S>(x, constants);
         });
   });
 }
-
-// An observed range has a positive scale.
-template <class T, bool kObserves>
-constexpr bool kMayDivide = std::is_same_v<T, float> || !kObserves;
 
 // The whole tensor on one grid.
 template <bool kObserves, class S, bool kAligned>
 __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, int64_t numel,
                                                           const AffineGrid<Compute<S>>& grid) {
   Extrema<float> seen = Extrema<float>::empty();
-  if (grid.mode == AffineMode::kPassThrough) {
-    quantize_packs<AffineMode::kPassThrough, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  } else if (kMayDivide<Compute<S>, kObserves> && grid.mode == AffineMode::kDivide) {
-    quantize_packs<AffineMode::kDivide, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  } else {
-    quantize_packs<AffineMode::kReciprocal, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  }
+  dispatch_way<S, kObserves>(grid.mode, [&](auto way) {
+    quantize_packs<decltype(way), kObserves, S, kAligned>(job, numel, grid.constants, seen);
+  });
   return seen;
 }
 
+// One element and its bit of the mask.
 template <class S, class T = Compute<S>>
-__device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
-  if (grid.mode == AffineMode::kPassThrough) {
-    return quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
-  }
-  if (grid.mode == AffineMode::kDivide) {
-    return quantize_element<AffineMode::kDivide, S>(x, grid.constants);
-  }
-  return quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
+__device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid, bool& passes) {
+  passes = PassThrough::passes(x, grid.constants);
+  T y{};
+  dispatch_way<S, false>(grid.mode, [&](auto way) { y = way.template of<S>(x, grid.constants); });
+  return y;
 }
 
 // Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
@@ -87,11 +89,7 @@ __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t 
     ChannelRows<AffineGrid<Compute<S>>, kPackElements<S>, kMixed> rows(job.view, grids, first);
     quantize_pack<kChunkElements<S, kAligned>, kChannelsPart<S, kAligned, kMixed>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
-        [&](Compute<S> x, bool& passes) {
-          const AffineGrid<Compute<S>>& grid = rows.next();
-          passes = gradient_passes(x, grid.constants);
-          return quantize_by_mode<S>(x, grid);
-        });
+        [&](Compute<S> x, bool& passes) { return quantize_by_mode<S>(x, rows.next(), passes); });
   });
 }
 

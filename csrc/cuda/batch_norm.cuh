@@ -89,7 +89,7 @@ template <class S, bool kAligned>
 constexpr int kNormalisedPart = sizeof(S) == 8 ? 1 : 2;
 
 // Widens `seen` by what the thread reads, if it observes.
-template <AffineMode mode, bool kObserves, class S, bool kAligned, bool kMixed>
+template <class Way, bool kObserves, class S, bool kAligned, bool kMixed>
 __device__ __forceinline__ void normalise_packs(const AffineJob& job, const ChannelView& view, int64_t numel,
                                                 const NormaliseConstants<Compute<S>>* table,
                                                 const AffineConstants<Compute<S>>& grid, Extrema<float>& seen) {
@@ -106,8 +106,8 @@ __device__ __forceinline__ void normalise_packs(const AffineJob& job, const Chan
             if (!kMixed || left > 0) seen.combine(static_cast<float>(value), static_cast<float>(value));
             --left;
           }
-          passes = gradient_passes(value, grid);
-          return fake_quantize_element<mode, S>(value, grid);
+          passes = Way::passes(value, grid);
+          return Way::template of<S>(value, grid);
         });
   });
 }
@@ -121,16 +121,9 @@ __global__ void __maxnreg__((kNormaliseRegisters<S, kObserves>))
   __syncthreads();
   const AffineGrid<Compute<S>>& grid = block_grid[0];
   Extrema<float> of_thread = Extrema<float>::empty();
-  if (grid.mode == AffineMode::kPassThrough) {
-    normalise_packs<AffineMode::kPassThrough, kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants,
-                                                                              of_thread);
-  } else if (kMayDivide<Compute<S>, true> && grid.mode == AffineMode::kDivide) {
-    normalise_packs<AffineMode::kDivide, kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants,
-                                                                         of_thread);
-  } else {
-    normalise_packs<AffineMode::kReciprocal, kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants,
-                                                                             of_thread);
-  }
+  dispatch_way<S, true>(grid.mode, [&](auto way) {
+    normalise_packs<decltype(way), kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants, of_thread);
+  });
   if constexpr (!kObserves) return;
   const Extrema<float> of_block = block_extrema(of_thread);
   if (threadIdx.x == 0) widen_pending(job, clamped_range(job, of_block.min, of_block.max));

@@ -16,14 +16,14 @@ QK_INLINE bool passes_through(const AffineJob& job, int64_t channel) {
   return job.range != nullptr && !has_grid(range_of(job.range, job.view.channels, channel));
 }
 
-QK_INLINE QuantizationParameters channel_parameters(const AffineJob& job, int64_t channel) {
+QK_INLINE GridParameters<float> channel_parameters(const AffineJob& job, int64_t channel) {
   if (job.range != nullptr) {
     const Range range = range_of(job.range, job.view.channels, channel);
     return choose_parameters(range.min, range.max, job.quant_min, job.quant_max, job.symmetric);
   }
   const float scale = job.scale != nullptr ? job.scale[channel] : job.scale_number;
   const int32_t zero_point = job.zero_point != nullptr ? job.zero_point[channel] : job.zero_point_number;
-  return {scale, inside_grid(zero_point, job.quant_min, job.quant_max)};
+  return {scale, static_cast<float>(inside_grid(zero_point, job.quant_min, job.quant_max))};
 }
 
 template <class S, class T = typename ComputeType<S>::type>
@@ -31,7 +31,7 @@ QK_INLINE AffineGrid<T> channel_grid(const AffineJob& job, int64_t channel) {
   const T low = static_cast<T>(job.low);
   const T high = static_cast<T>(job.high);
   if (passes_through(job, channel)) return {make_pass_through(low, high), AffineMode::kPassThrough};
-  const QuantizationParameters p = channel_parameters(job, channel);
+  const GridParameters<float> p = channel_parameters(job, channel);
   return make_affine<S>(p.scale, p.zero_point, job.quant_min, job.quant_max, low, high);
 }
 

@@ -24,6 +24,7 @@ QK_INLINE float to_float(Half h) {
 
 QK_INLINE float to_float(BFloat16 b) { return bit_cast<float>(uint32_t{b.bits} << 16); }
 QK_INLINE float to_float(float x) { return x; }
+QK_INLINE float to_float(int32_t x) { return static_cast<float>(x); }
 QK_INLINE double to_float(double x) { return x; }
 
 template <class To, class From>

@@ -1,6 +1,7 @@
 // Owns the level of an element that is on an affine grid, counted from the grid's lowest integer, and the way back.
 #pragma once
 
+#include "../jobs.h"
 #include "affine.h"
 
 QK_NAMESPACE_BEGIN
@@ -15,10 +16,10 @@ struct LevelGrid {
 };
 
 template <class T>
-QK_INLINE LevelGrid<T> level_grid(const QuantizationParameters& parameters, int32_t quant_min, int32_t quant_max) {
-  const T scale = static_cast<T>(parameters.scale);
-  return {scale, T(1) / scale, static_cast<T>(parameters.zero_point - quant_min),
-          static_cast<T>(quant_max - quant_min)};
+QK_INLINE LevelGrid<T> level_grid(const LevelsJob& job) {
+  const T scale = static_cast<T>(job.scale);
+  return {scale, T(1) / scale, static_cast<T>(job.zero_point - job.quant_min),
+          static_cast<T>(job.quant_max - job.quant_min)};
 }
 
 // As fake quantization ends: from an integer to the value, rounded to the storage type.

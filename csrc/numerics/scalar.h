@@ -53,6 +53,9 @@ template <class T>
 QK_INLINE bool all_less(T x, T bound) {
   return x < bound;
 }
+QK_INLINE double widened(float x) { return x; }
+QK_INLINE double widened(double x) { return x; }
+QK_INLINE float narrowed(double x) { return static_cast<float>(x); }
 QK_INLINE float absolute(float x) { return ::fabsf(x); }
 QK_INLINE double absolute(double x) { return ::fabs(x); }
 QK_INLINE float copy_sign(float magnitude, float sign) { return ::copysignf(magnitude, sign); }

@@ -128,27 +128,24 @@ std::tuple<Tensor, Tensor> fake_quantize_current(const Tensor& input, const std:
                                                  int64_t quant_min, int64_t quant_max, bool symmetric, Axis axis) {
   constexpr const char* kOp = "fake_quantize_current";
   if (active.has_value()) check_same_device(kOp, "active", *active, input);
-  RangeJob range_job{};
-  range_job.dtype = check_floating(kOp, "input", input);
+  const DType dtype = check_floating(kOp, "input", input);
   if (active.has_value()) check_dtype(kOp, "active", *active, aoti_torch_dtype_float32());
   axis = check_axis(kOp, input, axis);
   if (active.has_value()) {
     check_range(kOp, "active", *active, 1);
     check_contiguous(kOp, "active", *active);
-    range_job.active = active->const_data<float>();
   }
   const Quantization q(quant_min, quant_max, symmetric, {}, {});
   q.check(kOp);
   Prepared p = prepare(input, false);
-  AffineJob job = affine_job(p, range_job.dtype, q, axis);
   if (input.numel() == 0) return results<false>(std::move(p), input);
-  const Tensor range = empty_vector(input, 2 * job.view.channels, aoti_torch_dtype_float32());
-  range_job.input = job.input;
-  range_job.view = job.view;
-  range_job.range = range.mutable_data<float>();
-  job.range = range_job.range;
-  Backend::run(range_job, input);
-  Backend::run(job, input);
+  CurrentJob job{};
+  AffineJob& quantization = job.quantization = affine_job(p, dtype, q, axis);
+  const Tensor range = empty_vector(input, 2 * quantization.view.channels, aoti_torch_dtype_float32());
+  quantization.range = range.mutable_data<float>();
+  job.range = {dtype, quantization.input, quantization.view, active.has_value() ? active->const_data<float>() : nullptr,
+               range.mutable_data<float>()};
+  Backend::run(CurrentJobs{&job, 1}, input);
   return results<false>(std::move(p), input);
 }
 

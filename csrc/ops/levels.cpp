@@ -45,7 +45,7 @@ LevelsJob levels_job(const char* op, const Tensor& values, const Tensor& range, 
   if (!has_grid({ends[0], ends[1]})) return job;
   const auto parameters = choose_parameters(ends[0], ends[1], job.quant_min, job.quant_max, symmetric);
   job.scale = parameters.scale;
-  job.zero_point = parameters.zero_point;
+  job.zero_point = static_cast<int32_t>(parameters.zero_point);
   job.levels = levels.mutable_data<uint8_t>();
   job.values = values.mutable_data_ptr();
   return job;

@@ -123,7 +123,7 @@ void reciprocal_next_to_ties() {
     const float scale =
         std::ldexp(1.0f + static_cast<float>(random() >> 41) * 0x1p-23f, static_cast<int>(random() % 180) - 90);
     const auto grid = qk::make_affine<float>(scale, 0, -2048, 2047, -INFINITY, INFINITY);
-    expect(grid.mode == qk::AffineMode::kReciprocal, "mode", scale);
+    expect(grid.mode == qk::AffineMode::kMultiply, "mode", scale);
     for (int j = 0; j < 64; ++j) {
       const int k = static_cast<int>(random() % 4098) - 2049;
       float x = static_cast<float>((k + 0.5) * static_cast<double>(scale));
@@ -143,7 +143,7 @@ void reciprocal_float64() {
     float scale = std::ldexp(1.0f + static_cast<float>(random() >> 41) * 0x1p-23f, exponent);
     if (i % 4 == 0) scale = std::nextafter(std::ldexp(2.0f, exponent), 0.0f);  // the nearest approach to a midpoint
     const auto grid = qk::make_affine<double>(scale, 0, -65535, 65535, -double{INFINITY}, double{INFINITY});
-    expect(grid.mode == qk::AffineMode::kReciprocal, "mode", scale);
+    expect(grid.mode == qk::AffineMode::kMultiply, "mode", scale);
     for (int j = 0; j < 64; ++j) {
       const double tie = static_cast<double>(random() % (j < 32 ? 64 : 65535)) + 0.5;
       const double product = (j % 2 == 0 ? tie : -tie) * scale;
@@ -180,6 +180,56 @@ void thresholds() {
     expect(std::rint(c.clamp_high / T(scale)) == quant_max - zero_point, "upper end", c.clamp_high, scale);
     expect(std::rint(c.clamp_low / T(scale)) == -zero_point, "lower end", c.clamp_low, scale);
   }
+}
+
+// The steps of an 8-bit floating-point format of `digits` significant binary digits, whose normal numbers begin at
+// 2^least: another grid for what is a template over the steps of one.
+template <int digits, int least>
+struct Float8Steps {
+  static float round(float quotient) {
+    if (quotient == 0.0f || std::isinf(quotient)) return quotient;
+    const int unit = std::max(std::ilogb(quotient), least) - digits + 1;
+    return std::ldexp(std::rint(std::ldexp(quotient, -unit)), unit);
+  }
+  static float tie_above(float level) { return level + std::ldexp(1.0f, std::ilogb(level) - digits); }
+  static float level(int code) {
+    const int fraction = code % (1 << (digits - 1)), exponent = code >> (digits - 1);
+    const int significand = exponent == 0 ? fraction : fraction + (1 << (digits - 1));
+    return std::ldexp(static_cast<float>(significand), std::max(exponent, 1) - 1 + least - digits + 1);
+  }
+};
+
+// Next to the ties of all codes the level is the nearest one, and the gradient passes as far as what is rounded to the
+// largest.
+template <int digits, int least>
+void float8_grid(float largest) {
+  using Steps = Float8Steps<digits, least>;
+  std::mt19937_64 random(4);
+  for (int i = 0; i < 2000; ++i) {
+    const float scale =
+        std::ldexp(1.0f + static_cast<float>(random() >> 41) * 0x1p-23f, static_cast<int>(random() % 60) - 30);
+    const auto c = qk::make_constants<Steps>(scale, -largest, largest, -INFINITY, INFINITY);
+    const auto quantized = [&](float x) { return qk::Divide<Steps>::template of<float>(x, c); };
+    for (int code = 0; Steps::level(code) < largest; ++code) {
+      const float lower = Steps::level(code), upper = Steps::level(code + 1);
+      const float tie = 0.5f * (lower + upper) * scale;
+      for (const float x : {std::nextafter(tie, 0.0f), tie, std::nextafter(tie, INFINITY)}) {
+        const float quotient = x / scale, middle = 0.5f * (lower + upper);
+        const float level = quotient < middle || (quotient == middle && code % 2 == 0) ? lower : upper;
+        expect(quantized(x) == level * scale && quantized(-x) == -(level * scale), "float8 level", x, scale, level);
+      }
+    }
+    const auto passes = [&](float x) { return std::fabs(Steps::round(x / scale)) <= largest; };
+    const float last = std::nextafter(c.pass_high, 0.0f);
+    expect(!passes(c.pass_high) && passes(last) && c.pass_low == -c.pass_high, "float8 threshold", last, scale);
+    expect(qk::PassThrough::passes(last, c) && !qk::PassThrough::passes(-c.pass_high, c), "float8 mask", last, scale);
+    expect(quantized(1e30f) == largest * scale && quantized(-INFINITY) == -(largest * scale), "float8 end", scale);
+  }
+}
+
+void other_grids() {
+  float8_grid<4, -6>(448.0f);     // E4M3: what lies on the tie above the largest is rounded to it, which is even
+  float8_grid<3, -14>(57344.0f);  // E5M2: beyond it, since it is odd
 }
 
 // Division by 2^k - 1: every level exhaustively, and every noise value.
@@ -350,6 +400,7 @@ const std::map<std::string, std::function<void()>> kChecks = {
     {"reciprocal_float64", reciprocal_float64},
     {"thresholds_float32", thresholds<float>},
     {"thresholds_float64", thresholds<double>},
+    {"other_grids", other_grids},
     {"division_by_levels", division_by_levels},
     {"tanh_accuracy", tanh_accuracy},
     {"activation_accuracy", activation_accuracy},
