@@ -314,7 +314,7 @@ void quantize_channels(const CurrentJob& job, int64_t begin, int64_t end, Store 
 // Channels that lie one after the other are quantized by the thread that has just found their extrema, while its cache
 // has them.
 void quantize(const CurrentJob& job, ParallelFor parallel_for) {
-  constexpr int64_t kCachedElements = 1 << 14;
+  constexpr int64_t kCachedBytes = 1 << 17;
   const ChannelView& view = job.range.view;
   const Store store = store_of(job.quantization);
   if (view.channels == 1 || view.outer > 1) {
@@ -323,7 +323,7 @@ void quantize(const CurrentJob& job, ParallelFor parallel_for) {
   }
   // So many channels that the next ones begin at a multiple of kPartAlignment.
   const int64_t whole = kPartAlignment / std::gcd(kPartAlignment, view.inner);
-  const int64_t part = (kCachedElements / view.inner / whole + 1) * whole;
+  const int64_t part = (kCachedBytes / element_size(job.range.dtype) / view.inner / whole + 1) * whole;
   parallel(parallel_for, (view.channels + part - 1) / part, std::max<int64_t>(kGrain / (part * view.inner), 1),
            [&](int64_t begin, int64_t end) {
              for (int64_t p = begin; p < end; ++p) {
