@@ -108,8 +108,10 @@ def test_results_do_not_depend_on_the_grid(emulator: ModuleType) -> None:
     for order, blocks in (("forward", 1), ("reverse", 3), ("random", 8)):
         emulator.configure(order, 1, blocks, 2, blocks)
         scale = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
-        y = functional.fake_quantize_learned(weight[:-1].view(3, -1), scale, quant_min=-8, quant_max=7, axis=0)
-        outputs = [*torch.autograd.grad(y, scale, weight[:-1].view(3, -1).cos())]
+        outputs = []
+        for x, axis in ((weight[:-1].view(3, -1), 0), (weight[:-1].view(-1, 3), 1)):
+            y = functional.fake_quantize_learned(x, scale, quant_min=-8, quant_max=7, axis=axis)
+            outputs += torch.autograd.grad(y, scale, x.cos())
         for bits in (1, 4):
             leaf = weight.clone().requires_grad_()
             y = functional.dorefa_weight(leaf, bits)
@@ -119,6 +121,28 @@ def test_results_do_not_depend_on_the_grid(emulator: ModuleType) -> None:
         results.append(outputs)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_sums_depend_on_no_alignment(dtype: torch.dtype) -> None:
+    aligned = torch.randn(60_000, generator=torch.Generator().manual_seed(5)).to(dtype)
+    misaligned = torch.cat([aligned.new_zeros(1), aligned])[1:]
+    results = []
+    for x in (aligned, misaligned):
+        outputs = []
+        for bits in (1, 4):
+            leaf = x.detach().requires_grad_()
+            y = functional.dorefa_weight(leaf, bits)
+            outputs += [y.detach(), *torch.autograd.grad(y, leaf, x.flip(0))]
+        for shape, axis in (((60_000,), None), ((3, 20_000), 0), ((20_000, 3), 1)):
+            leaf = x.detach().view(shape).requires_grad_()
+            scale = torch.full((1 if axis is None else 3,), 0.2).requires_grad_()
+            y = functional.fake_quantize_learned(leaf, scale, quant_min=-8, quant_max=7, axis=axis)
+            outputs += torch.autograd.grad(y, (leaf, scale), x.view(shape))
+        results.append(outputs)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 BATCH_NORM_SHAPES = ((40, 300), (4200, 12), (3, 5, 7, 7), (6, 3, 40, 40), (1500, 3, 2, 2), (2, 300, 9, 9))

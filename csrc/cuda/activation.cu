@@ -4,9 +4,7 @@
 
 namespace qk::cuda {
 
-size_t workspace_bytes(const ActivationJob&) { return 0; }
-
-cudaError_t run(const ActivationJob& job, void*, cudaStream_t stream) {
+cudaError_t run(const ActivationJob& job, Workspace&, cudaStream_t stream) {
   const AffineJob& quantization = job.quantization;
   if (quantization.view.numel() == 0) return cudaSuccess;
   return dispatch_storage(quantization.dtype, [&](auto storage) {
@@ -16,9 +14,7 @@ cudaError_t run(const ActivationJob& job, void*, cudaStream_t stream) {
   });
 }
 
-size_t workspace_bytes(const ActivationGradientJob&) { return 0; }
-
-cudaError_t run(const ActivationGradientJob& job, void*, cudaStream_t stream) {
+cudaError_t run(const ActivationGradientJob& job, Workspace&, cudaStream_t stream) {
   if (job.numel == 0) return cudaSuccess;
   return dispatch_storage(job.dtype, [&](auto storage) {
     return dispatch_activation(job.activation, [&](auto activation) {

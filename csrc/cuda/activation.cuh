@@ -42,7 +42,7 @@ __global__ void __maxnreg__(kActivationRegisters<S>) activation_quantize_kernel(
   __syncthreads();
   const Extrema<float> of_thread = activate_and_quantize<activation, S, kAligned>(job, numel, block_grid[0]);
   if (job.pending == nullptr) return;
-  const Extrema<float> of_block = block_extrema(of_thread);
+  const Extrema<float> of_block = block_reduce<ReduceExtrema<float>>(of_thread);
   if (threadIdx.x == 0) widen_pending(job, clamped_range(job, of_block.min, of_block.max));
 }
 
@@ -85,7 +85,7 @@ __global__ void __maxnreg__(kActivationGradientRegisters<S>) activation_gradient
 template <Activation activation, class S>
 cudaError_t launch_activation(const AffineJob& job, Stream stream) {
   const int64_t numel = job.view.numel();
-  const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
+  const bool aligned = are_aligned(job.input, job.output, job.mask);
   return dispatch_bool(aligned, [&](auto aligned_type) {
     const auto kernel = activation_quantize_kernel<activation, S, decltype(aligned_type)::value>;
     return launch_over_packs<kPackElements<S>>(numel, stream, kernel, job, numel);
@@ -94,8 +94,7 @@ cudaError_t launch_activation(const AffineJob& job, Stream stream) {
 
 template <Activation activation, class S>
 cudaError_t launch_activation_gradient(const ActivationGradientJob& job, Stream stream) {
-  const bool aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.input) &&
-                       is_pack_aligned<S>(job.grad_input) && is_mask_aligned(job.mask);
+  const bool aligned = are_aligned(job.grad_output, job.input, job.grad_input, job.mask);
   return dispatch_bool(aligned, [&](auto aligned_type) {
     const auto kernel = activation_gradient_kernel<activation, S, decltype(aligned_type)::value>;
     return launch_over_packs<kPackElements<S>>(job.numel, stream, kernel, job);

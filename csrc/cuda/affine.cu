@@ -17,65 +17,36 @@ struct WidenPending {
   }
 };
 
-bool observes_channels(const AffineJob& job) { return job.pending != nullptr && job.view.channels > 1; }
-
-// What a job of several channels works with.
 template <class S>
-struct AffineWorkspace {
-  AffineGrid<Compute<S>>* table = nullptr;
-  ReductionPlan plan;
-  ExtremaWorkspace<S> reduction;
-
-  AffineWorkspace(WorkspaceLayout& layout, const AffineJob& job)
-      : plan(observes_channels(job) ? plan_extrema<S>(job.input, job.view) : ReductionPlan{}), reduction(layout, plan) {
-    if (job.view.channels > kSharedChannels) table = layout.take<AffineGrid<Compute<S>>>(job.view.channels);
-  }
-};
-
-template <class S>
-cudaError_t run_quantizer(const AffineJob& job, const AffineWorkspace<S>& workspace, Stream stream) {
-  if (observes_channels(job)) {
+cudaError_t run_quantizer(const AffineJob& job, Workspace& workspace, Stream stream) {
+  const int64_t channels = job.view.channels;
+  const bool observes = job.pending != nullptr && channels > 1;
+  const bool needs_grids = channels > kSharedChannels;
+  const auto arrays = lay_out<ChannelArrays<AffineGrid<Compute<S>>, ExtremaTerm<S>>>(
+      workspace, needs_grids ? channels : 0, observes ? job.view : ChannelView{});
+  if (observes) {
     const cudaError_t error =
-        launch_extrema<S>(job.input, workspace.plan, workspace.reduction, WidenPending<Compute<S>>{job}, stream);
+        launch_reduction(ExtremaTerm<S>(job.input), arrays.reduction, WidenPending<Compute<S>>{job}, stream);
     if (error != cudaSuccess) return error;
   }
-  if (workspace.table != nullptr) {
-    const cudaError_t error = launch_channels(StoreGrid<S>{job, workspace.table}, job.view.channels, stream);
+  if (needs_grids) {
+    const cudaError_t error = launch_channels(StoreGrid<S>{job, arrays.of_channel}, channels, stream);
     if (error != cudaSuccess) return error;
   }
-  return launch_quantizer<S>(job, workspace.table, stream);
+  return launch_quantizer<S>(job, needs_grids ? arrays.of_channel : nullptr, stream);
 }
 
 }  // namespace
 
-size_t workspace_bytes(const AffineJob& job) {
-  if (job.view.numel() == 0) return 0;
-  return dispatch_storage(job.dtype, [&](auto storage) {
-    WorkspaceLayout layout(nullptr);
-    AffineWorkspace<decltype(storage)>(layout, job);
-    return layout.bytes();
-  });
-}
-
-cudaError_t run(const AffineJob& job, void* workspace, cudaStream_t stream) {
+cudaError_t run(const AffineJob& job, Workspace& workspace, cudaStream_t stream) {
   if (job.view.numel() == 0) return cudaSuccess;
-  return dispatch_storage(job.dtype, [&](auto storage) {
-    WorkspaceLayout layout(workspace);
-    return run_quantizer(job, AffineWorkspace<decltype(storage)>(layout, job), stream);
-  });
+  return dispatch_storage(job.dtype,
+                          [&](auto storage) { return run_quantizer<decltype(storage)>(job, workspace, stream); });
 }
 
-size_t workspace_bytes(const StraightThroughJob&) { return 0; }
-
-cudaError_t run(const StraightThroughJob& job, void*, cudaStream_t stream) {
-  switch (job.element_size) {
-    case 2:
-      return launch_straight_through<uint16_t>(job, stream);
-    case 4:
-      return launch_straight_through<uint32_t>(job, stream);
-    default:
-      return launch_straight_through<uint64_t>(job, stream);
-  }
+cudaError_t run(const StraightThroughJob& job, Workspace&, cudaStream_t stream) {
+  return dispatch_size(job.element_size,
+                       [&](auto bits) { return launch_straight_through<decltype(bits)>(job, stream); });
 }
 
 }  // namespace qk::cuda

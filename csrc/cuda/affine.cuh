@@ -1,7 +1,8 @@
 // Owns the fake-quantization kernels, per tensor and per channel, and the straight-through backward.
 //
-// A channel's constants take some divisions, so they are computed once per block into shared memory, or for many
-// channels once per launch into a table in global memory; never per element.
+// Of a channel, elements need an AffineGrid, which takes some divisions to make. Up to kSharedChannels channels each
+// block makes those of all, in its shared memory, before its elements. Of more channels a launch of its own makes them
+// once, in an array of the workspace.
 #pragma once
 
 #include "../numerics/channel.h"
@@ -10,7 +11,6 @@
 
 namespace qk::cuda {
 
-// More channels than this get their constants from a launch of their own.
 constexpr int kSharedChannels = kBlockThreads;
 
 // Whole packs of float32 in flight; of the other types that would not fit the registers.
@@ -86,10 +86,10 @@ template <class S, bool kAligned, bool kMixed, class ForEachPack>
 __device__ __forceinline__ void quantize_channels(const AffineJob& job, int64_t numel,
                                                   const AffineGrid<Compute<S>>* grids, const ForEachPack& for_each) {
   for_each([&](int64_t first) {
-    ChannelRows<AffineGrid<Compute<S>>, kPackElements<S>, kMixed> rows(job.view, grids, first);
+    ChannelWalk<AffineGrid<Compute<S>>, kPackElements<S>, kMixed> walk(job.view, grids, first);
     quantize_pack<kChunkElements<S, kAligned>, kChannelsPart<S, kAligned, kMixed>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
-        [&](Compute<S> x, bool& passes) { return quantize_by_mode<S>(x, rows.next(), passes); });
+        [&](Compute<S> x, bool& passes) { return quantize_by_mode<S>(x, walk.next(), passes); });
   });
 }
 
@@ -119,27 +119,27 @@ __global__ void __maxnreg__(kMaxRegisters) fake_quantize_tensor_kernel(AffineJob
   __syncthreads();
   const Extrema<float> of_thread = quantize_tensor<kObserves, S, kAligned>(job, numel, block_grid[0]);
   if constexpr (!kObserves) return;
-  const Extrema<float> of_block = block_extrema(of_thread);
+  const Extrema<float> of_block = block_reduce<ReduceExtrema<float>>(of_thread);
   if (threadIdx.x != 0) return;
   widen_pending(job, clamped_range(job, of_block.min, of_block.max));
 }
 
-// `table` is null for up to kSharedChannels channels.
+// `grids` are those of the channels, or null: then the block makes them.
 template <class S, bool kAligned, bool kMixed>
 __global__ void __maxnreg__(kMaxRegisters)
-    fake_quantize_channels_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* table) {
+    fake_quantize_channels_kernel(AffineJob job, int64_t numel, const AffineGrid<Compute<S>>* grids) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grids, kSharedChannels);
-  if (table == nullptr && threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<S>(job, threadIdx.x);
+  if (grids == nullptr && threadIdx.x < job.view.channels) block_grids[threadIdx.x] = channel_grid<S>(job, threadIdx.x);
   __syncthreads();
-  quantize_channels<S, kAligned, kMixed>(job, numel, table == nullptr ? block_grids : table,
+  quantize_channels<S, kAligned, kMixed>(job, numel, grids == nullptr ? block_grids : grids,
                                          [&](const auto& body) { for_each_pack<kPackElements<S>>(numel, body); });
 }
 
 // For a job of at least one element. Observes only where there is one channel.
 template <class S>
-cudaError_t launch_quantizer(const AffineJob& job, const AffineGrid<Compute<S>>* table, Stream stream) {
+cudaError_t launch_quantizer(const AffineJob& job, const AffineGrid<Compute<S>>* grids, Stream stream) {
   const int64_t numel = job.view.numel();
-  const bool aligned = is_pack_aligned<S>(job.input) && is_pack_aligned<S>(job.output) && is_mask_aligned(job.mask);
+  const bool aligned = are_aligned(job.input, job.output, job.mask);
   return dispatch_bool(aligned, [&](auto is_aligned_type) {
     constexpr bool kAligned = decltype(is_aligned_type)::value;
     if (job.view.channels == 1) {
@@ -150,7 +150,7 @@ cudaError_t launch_quantizer(const AffineJob& job, const AffineGrid<Compute<S>>*
     }
     return dispatch_bool(job.view.inner % kPackElements<S> != 0, [&](auto is_mixed_type) {
       return launch_over_packs<kPackElements<S>>(
-          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value>, job, numel, table);
+          numel, stream, fake_quantize_channels_kernel<S, kAligned, decltype(is_mixed_type)::value>, job, numel, grids);
     });
   });
 }
@@ -158,9 +158,9 @@ cudaError_t launch_quantizer(const AffineJob& job, const AffineGrid<Compute<S>>*
 template <class S>
 struct StoreGrid {
   AffineJob job;
-  AffineGrid<Compute<S>>* table;
+  AffineGrid<Compute<S>>* grids;
 
-  __device__ __forceinline__ void operator()(int64_t channel) const { table[channel] = channel_grid<S>(job, channel); }
+  __device__ __forceinline__ void operator()(int64_t channel) const { grids[channel] = channel_grid<S>(job, channel); }
 };
 
 // U has the size of an element.
@@ -180,10 +180,15 @@ struct StraightThrough {
   }
 };
 
+// f(U{}) with the U of as many bytes.
+template <class F>
+cudaError_t dispatch_size(int64_t bytes, const F& f) {
+  return bytes == 2 ? f(uint16_t{}) : bytes == 4 ? f(uint32_t{}) : f(uint64_t{});
+}
+
 template <class U>
 cudaError_t launch_straight_through(const StraightThroughJob& job, Stream stream) {
-  const bool aligned =
-      is_pack_aligned<U>(job.grad_output) && is_pack_aligned<U>(job.grad_input) && is_mask_aligned(job.mask);
+  const bool aligned = are_aligned(job.grad_output, job.grad_input, job.mask);
   return dispatch_bool(aligned, [&](auto is_aligned_type) {
     return launch_packs(StraightThrough<U, decltype(is_aligned_type)::value>{job}, job.numel, stream);
   });

@@ -1,6 +1,6 @@
 // Owns batch norm's kernels: a channel's sums, the normalised and quantized elements, and the gradients of both.
 //
-// What follows from a channel's sums is computed once, by the block that has them; elements find it in a table. Sums
+// What follows from a channel's sums is computed once, by the block that has them, and stored in an array. Sums
 // are taken in another order than on the CPU: each is of N terms in float64, and so within N 2^-53 of the sum of their
 // magnitudes whatever the order. Given equal sums all else is equal, to the bit.
 #pragma once
@@ -14,15 +14,11 @@ namespace qk::cuda {
 // Of x - shift, with the extrema of x.
 template <class S>
 struct StatisticsTerm {
+  using Storage = S;
   using T = Compute<S>;
   struct Value {
     double sum, square_sum;
     Extrema<T> extrema;
-  };
-  struct Combine {
-    __device__ __forceinline__ Value operator()(const Value& a, const Value& b) const {
-      return {a.sum + b.sum, a.square_sum + b.square_sum, CombineExtrema{}(a.extrema, b.extrema)};
-    }
   };
 
   const S* input;
@@ -30,13 +26,15 @@ struct StatisticsTerm {
   bool aligned;
 
   static __device__ __forceinline__ Value none() { return {0.0, 0.0, Extrema<T>::empty()}; }
+  static __device__ __forceinline__ Value combine(const Value& a, const Value& b) {
+    return {a.sum + b.sum, a.square_sum + b.square_sum, ReduceExtrema<T>::combine(a.extrema, b.extrema)};
+  }
   __device__ __forceinline__ double at(int64_t channel) const {
     return static_cast<double>(channel_shift<S>(input, view, channel));
   }
   template <int N>
   __device__ __forceinline__ void add(Value& total, double shift, int64_t first, int count) const {
-    const S* const from = input + first;
-    const Vector<S, N> vector = aligned ? load_vector<N, true>(from, 0, count) : load_vector<N, false>(from, 0, count);
+    const Vector<S, N> vector = load_elements<N>(input + first, count, aligned);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (i >= count) continue;
@@ -54,16 +52,15 @@ struct StoreStatistics {
   using T = Compute<S>;
 
   BatchNormJob job;
-  NormaliseConstants<T>* table;
+  NormaliseConstants<T>* of_channel;
 
-  __device__ __forceinline__ void operator()(int64_t channel,
-                                             const typename StatisticsTerm<S>::Value& of_channel) const {
-    const Extrema<T>& extrema = of_channel.extrema;
-    const BatchNormSums sums = {of_channel.sum, of_channel.square_sum, static_cast<double>(extrema.min),
+  __device__ __forceinline__ void operator()(int64_t channel, const typename StatisticsTerm<S>::Value& reduced) const {
+    const Extrema<T>& extrema = reduced.extrema;
+    const BatchNormSums sums = {reduced.sum, reduced.square_sum, static_cast<double>(extrema.min),
                                 static_cast<double>(extrema.max)};
     const T shift = channel_shift<S>(job.quantization.input, job.view, channel);
     const NormaliseConstants<T> constants = set_batch_statistics(job, channel, sums, shift);
-    table[channel] = constants;
+    of_channel[channel] = constants;
     if (job.quantization.pending == nullptr) return;
     const Extrema<T> seen = normalised_extrema(constants, extrema.min, extrema.max);
     widen_pending(job.quantization, clamped_range(job.quantization, seen.min, seen.max));
@@ -73,10 +70,10 @@ struct StoreStatistics {
 template <class T>
 struct StoreFrozenStatistics {
   BatchNormJob job;
-  NormaliseConstants<T>* table;
+  NormaliseConstants<T>* of_channel;
 
   __device__ __forceinline__ void operator()(int64_t channel) const {
-    table[channel] = set_frozen_statistics<T>(job, channel);
+    of_channel[channel] = set_frozen_statistics<T>(job, channel);
   }
 };
 
@@ -91,15 +88,15 @@ constexpr int kNormalisedPart = sizeof(S) == 8 ? 1 : 2;
 // Widens `seen` by what the thread reads, if it observes.
 template <class Way, bool kObserves, class S, bool kAligned, bool kMixed>
 __device__ __forceinline__ void normalise_packs(const AffineJob& job, const ChannelView& view, int64_t numel,
-                                                const NormaliseConstants<Compute<S>>* table,
+                                                const NormaliseConstants<Compute<S>>* of_channel,
                                                 const AffineConstants<Compute<S>>& grid, Extrema<float>& seen) {
   for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
-    ChannelRows<NormaliseConstants<Compute<S>>, kPackElements<S>, kMixed> rows(view, table, first);
+    ChannelWalk<NormaliseConstants<Compute<S>>, kPackElements<S>, kMixed> walk(view, of_channel, first);
     int left = elements_left<kPackElements<S>>(first, numel);
     quantize_pack<kChunkElements<S, kAligned>, kNormalisedPart<S, kAligned>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
         [&](Compute<S> x, bool& passes) {
-          const NormaliseConstants<Compute<S>>& c = rows.next();
+          const NormaliseConstants<Compute<S>>& c = walk.next();
           const Compute<S> value = normalised(x, c.mean, c.factor, c.bias);
           if constexpr (kObserves) {
             // Packs that are not mixed are whole.
@@ -115,17 +112,18 @@ __device__ __forceinline__ void normalise_packs(const AffineJob& job, const Chan
 template <class S, bool kAligned, bool kMixed, bool kObserves>
 __global__ void __maxnreg__((kNormaliseRegisters<S, kObserves>))
     batch_norm_quantize_kernel(AffineJob job, ChannelView view, int64_t numel,
-                               const NormaliseConstants<Compute<S>>* table) {
+                               const NormaliseConstants<Compute<S>>* of_channel) {
   QK_SHARED(AffineGrid<Compute<S>>, block_grid, 1);
   if (threadIdx.x == 0) block_grid[0] = normalised_grid<S>(job);
   __syncthreads();
   const AffineGrid<Compute<S>>& grid = block_grid[0];
   Extrema<float> of_thread = Extrema<float>::empty();
   dispatch_way<S, true>(grid.mode, [&](auto way) {
-    normalise_packs<decltype(way), kObserves, S, kAligned, kMixed>(job, view, numel, table, grid.constants, of_thread);
+    normalise_packs<decltype(way), kObserves, S, kAligned, kMixed>(job, view, numel, of_channel, grid.constants,
+                                                                   of_thread);
   });
   if constexpr (!kObserves) return;
-  const Extrema<float> of_block = block_extrema(of_thread);
+  const Extrema<float> of_block = block_reduce<ReduceExtrema<float>>(of_thread);
   if (threadIdx.x == 0) widen_pending(job, clamped_range(job, of_block.min, of_block.max));
 }
 
@@ -138,18 +136,17 @@ cudaError_t dispatch_packs(bool aligned, const ChannelView& view, const F& f) {
 
 // For a job of at least one element. Only with frozen statistics are the extrema known no sooner.
 template <class S>
-cudaError_t launch_normalise(const BatchNormJob& job, const NormaliseConstants<Compute<S>>* table, Stream stream) {
+cudaError_t launch_normalise(const BatchNormJob& job, const NormaliseConstants<Compute<S>>* of_channel, Stream stream) {
   const AffineJob& affine = job.quantization;
   const int64_t numel = job.view.numel();
-  const bool aligned =
-      is_pack_aligned<S>(affine.input) && is_pack_aligned<S>(affine.output) && is_mask_aligned(affine.mask);
+  const bool aligned = are_aligned(affine.input, affine.output, affine.mask);
   return dispatch_packs<S>(aligned, job.view, [&](auto is_aligned_type, auto is_mixed_type) {
     return dispatch_bool(job.frozen && affine.pending != nullptr, [&](auto observes_type) {
       return launch_over_packs<kPackElements<S>>(
           numel, stream,
           batch_norm_quantize_kernel<S, decltype(is_aligned_type)::value, decltype(is_mixed_type)::value,
                                      decltype(observes_type)::value>,
-          affine, job.view, numel, table);
+          affine, job.view, numel, of_channel);
     });
   });
 }
@@ -157,25 +154,24 @@ cudaError_t launch_normalise(const BatchNormJob& job, const NormaliseConstants<C
 // Of the gradients behind the mask.
 template <class S>
 struct GradientTerm {
+  using Storage = S;
   using T = Compute<S>;
   using Value = BatchNormGradientSums;
-  struct Combine {
-    __device__ __forceinline__ Value operator()(Value a, const Value& b) const {
-      add_into(a, b);
-      return a;
-    }
-  };
 
   BatchNormGradientJob job;
   bool aligned;
 
   static __device__ __forceinline__ Value none() { return {0.0, 0.0}; }
+  static __device__ __forceinline__ Value combine(Value a, const Value& b) {
+    add_into(a, b);
+    return a;
+  }
   __device__ __forceinline__ T at(int64_t channel) const { return static_cast<const T*>(job.mean)[channel]; }
   // `first` is a multiple of N, so that the mask's bits lie in one byte.
   template <int N>
   __device__ __forceinline__ void add(Value& total, T mean, int64_t first, int count) const {
-    const Vector<S, N> g = load<N>(job.grad_output, first, count);
-    const Vector<S, N> x = load<N>(job.input, first, count);
+    const Vector<S, N> g = load_elements<N>(static_cast<const S*>(job.grad_output) + first, count, aligned);
+    const Vector<S, N> x = load_elements<N>(static_cast<const S*>(job.input) + first, count, aligned);
     const unsigned bits = static_cast<unsigned>(job.mask[first / 8]) >> (first % 8);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -186,31 +182,16 @@ struct GradientTerm {
           fused_multiply_add(gradient, static_cast<double>(widen(x[i]) - mean), total.gradient_times_offset);
     }
   }
-
- private:
-  template <int N>
-  __device__ __forceinline__ Vector<S, N> load(const void* tensor, int64_t first, int count) const {
-    const S* const from = static_cast<const S*>(tensor) + first;
-    return aligned ? load_vector<N, true>(from, 0, count) : load_vector<N, false>(from, 0, count);
-  }
 };
 
 template <class T>
 struct StoreGradients {
   BatchNormGradientJob job;
-  InputGradientConstants<T>* table;
+  InputGradientConstants<T>* of_channel;
 
   __device__ __forceinline__ void operator()(int64_t channel, const BatchNormGradientSums& sums) const {
-    table[channel] = set_gradients<T>(job, channel, sums);
+    of_channel[channel] = set_gradients<T>(job, channel, sums);
   }
-};
-
-// Of no elements.
-template <class T>
-struct StoreNoGradients {
-  BatchNormGradientJob job;
-
-  __device__ __forceinline__ void operator()(int64_t channel) const { set_gradients<T>(job, channel, {0.0, 0.0}); }
 };
 
 template <class S, bool kAligned, bool kMixed>
@@ -220,12 +201,12 @@ struct BatchNormInputGradient {
 
   BatchNormGradientJob job;
   int64_t numel;
-  const InputGradientConstants<Compute<S>>* table;
+  const InputGradientConstants<Compute<S>>* of_channel;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
     constexpr int N = kChunkElements<S, kAligned>;
-    ChannelRows<InputGradientConstants<T>, kElements, kMixed> rows(job.view, table, first);
+    ChannelWalk<InputGradientConstants<T>, kElements, kMixed> walk(job.view, of_channel, first);
     unsigned bits = load_mask<kElements, kAligned>(job.mask, first, elements_left<kElements>(first, numel));
 #pragma unroll 1
     for (int at = 0; at < kElements; at += N) {
@@ -235,7 +216,7 @@ struct BatchNormInputGradient {
       for (int part = 0; part < N; part += kPart) {
 #pragma unroll
         for (int i = 0; i < kPart; ++i) {
-          const InputGradientConstants<T>& c = rows.next();
+          const InputGradientConstants<T>& c = walk.next();
           const T passing = (bits & 1u) != 0 ? widen(g[i]) : T(0);
           bits >>= 1;
           g[i] = narrow<S>(input_gradient(passing, widen(x[i]), c.mean, c.factor, c.slope, c.constant));
@@ -249,14 +230,13 @@ struct BatchNormInputGradient {
 };
 
 template <class S>
-cudaError_t launch_input_gradient(const BatchNormGradientJob& job, const InputGradientConstants<Compute<S>>* table,
+cudaError_t launch_input_gradient(const BatchNormGradientJob& job, const InputGradientConstants<Compute<S>>* of_channel,
                                   Stream stream) {
   const int64_t numel = job.view.numel();
-  const bool aligned = is_pack_aligned<S>(job.grad_output) && is_pack_aligned<S>(job.input) &&
-                       is_pack_aligned<S>(job.grad_input) && is_mask_aligned(job.mask);
+  const bool aligned = are_aligned(job.grad_output, job.input, job.grad_input, job.mask);
   return dispatch_packs<S>(aligned, job.view, [&](auto is_aligned_type, auto is_mixed_type) {
     using Operation = BatchNormInputGradient<S, decltype(is_aligned_type)::value, decltype(is_mixed_type)::value>;
-    return launch_packs(Operation{job, numel, table}, numel, stream);
+    return launch_packs(Operation{job, numel, of_channel}, numel, stream);
   });
 }
 

@@ -19,19 +19,27 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
 
-// What reductions combine with. NaN propagates.
-struct CombineExtrema {
-  template <class T>
-  __device__ __forceinline__ Extrema<T> operator()(Extrema<T> a, const Extrema<T>& b) const {
+// What a reduction is made of: a Value of 32-bit words, none() of no elements, and combine(a, b), which is commutative.
+// Of extrema NaN propagates.
+template <class T>
+struct ReduceExtrema {
+  using Value = Extrema<T>;
+
+  static __device__ __forceinline__ Value none() { return Value::empty(); }
+  static __device__ __forceinline__ Value combine(Value a, const Value& b) {
     a.combine(b.min, b.max);
     return a;
   }
 };
-// Commutative, not associative: deterministic only in a fixed tree.
-struct Sum {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
+// Of numbers, or of structs that can be added. Not associative: deterministic only in a fixed tree.
+template <class V>
+struct ReduceSum {
+  using Value = V;
+
+  static __device__ __forceinline__ Value none() { return Value{}; }
+  static __device__ __forceinline__ Value combine(Value a, const Value& b) {
+    a += b;
+    return a;
   }
 };
 
@@ -58,34 +66,23 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// Combines the values of the block's threads; every thread gets the result. May be called repeatedly.
-template <class T, class Combine>
-__device__ __forceinline__ T block_reduce(T value, T identity, Combine combine) {
-  QK_SHARED(T, warp_values, kMaxWarps);
+// Combines the values of the block's threads; every thread gets the result, which depends on the block's size and on
+// nothing else. May be called repeatedly.
+template <class Reduction, class Value = typename Reduction::Value>
+__device__ __forceinline__ Value block_reduce(Value value) {
+  QK_SHARED(Value, warp_values, kMaxWarps);
+  const auto combine = [](const Value& a, const Value& b) { return Reduction::combine(a, b); };
   value = warp_reduce(value, combine);
   __syncthreads();  // the previous call's values have been read
   if (lane_index() == 0) warp_values[warp_index()] = value;
   __syncthreads();
   const int warps = static_cast<int>(blockDim.x) / kWarpThreads;
-  value = lane_index() < warps ? warp_values[lane_index()] : identity;
-  return warp_reduce(value, combine);
-}
-
-template <class T>
-__device__ __forceinline__ Extrema<T> block_extrema(Extrema<T> value) {
-  return block_reduce(value, Extrema<T>::empty(), CombineExtrema{});
-}
-
-// The sum's tree depends on the block size. For a sum over a grid that does not depend on the number of blocks, give
-// each block whole chunks of a fixed number of elements, store one sum per chunk, and let the last block add them up.
-template <class T>
-__device__ __forceinline__ T block_sum(T value) {
-  return block_reduce(value, T(0), Sum{});
+  return warp_reduce(lane_index() < warps ? warp_values[lane_index()] : Reduction::none(), combine);
 }
 
 // True in every thread of the last of `blocks` blocks to arrive at `counter`. All that any thread of those blocks wrote
-// before arriving is visible to the last block. The counter must be zero before the first arrival and is zero again
-// after the last; nothing else may touch it during the launch. May be called repeatedly.
+// before arriving is visible to the last block. The counter must be zero before the first arrival, and nothing else may
+// touch it during the launch. May be called repeatedly.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned blocks) {
   QK_SHARED(unsigned, is_last, 1);
   __syncthreads();

@@ -3,14 +3,14 @@
 // slices and the tree follow from the sizes alone, so that a floating-point sum has the same bits on every run and
 // device.
 //
-// What is reduced is a Term, a struct of pointers with
-//   Value              what elements are reduced to, made of 32-bit words
-//   Combine            combines two values; commutative
-//   none()             the value of no elements
+// What is reduced is a Term, a struct of pointers: a reduction (block_reduce.cuh) with
+//   Storage            the type of the tensor's elements
 //   at(channel)        what the elements of a channel have in common
 //   add<N>(value, common, first, count)
-//                      adds the elements [first, first + count), count <= N
+//                      adds the elements [first, first + count), count <= N. Each element is added once.
 #pragma once
+
+#include <algorithm>
 
 #include "block_reduce.cuh"
 #include "storage.cuh"
@@ -35,44 +35,60 @@ constexpr int64_t kUnitsPerThread = 8;
 constexpr int kMaxReductionRegisters = 64;  // said, since ptxas would spill to stay below 48 for sm_120
 constexpr int64_t kLongestColumnRun = 64;
 
-inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ __forceinline__ int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void split(ReductionPlan& plan, int64_t length, int64_t shortest_slice) {
-  const int64_t most = plan.groups < kMaxItems ? kMaxItems / plan.groups : 1;
-  const int64_t wanted = length / shortest_slice;
-  const int64_t slices = wanted < 1 ? 1 : wanted < most ? wanted : most;
-  plan.slice_length = ceil_divide(length, slices);
-  plan.slices = ceil_divide(length, plan.slice_length);
+  const int64_t most = std::max<int64_t>(kMaxItems / std::max<int64_t>(plan.groups, 1), 1);
+  const int64_t slices = std::clamp<int64_t>(length / shortest_slice, 1, most);
+  plan.slice_length = std::max<int64_t>(ceil_divide(length, slices), 1);
+  plan.slices = std::max<int64_t>(ceil_divide(length, plan.slice_length), 1);
 }
 
-// For a view of at least one element. `aligned`: a unit may be a vector where runs are made of whole ones.
+// Whether a channel's runs are made of whole 16-byte vectors, but for the end of the only run.
 template <class S>
-ReductionPlan plan_reduction(ChannelView view, bool aligned) {
+__host__ __device__ __forceinline__ bool has_whole_vectors(const ChannelView& view) {
+  return view.outer * view.channels == 1 || view.inner % kAccessElements<S> == 0;
+}
+
+// Follows from the sizes, and from no pointer's alignment. Of no elements, every channel has a slice without any.
+template <class S>
+ReductionPlan plan_reduction(const ChannelView& of) {
+  const ChannelView view = of.numel() > 0 ? of : ChannelView{0, of.channels, 1};
   ReductionPlan plan{};
   plan.view = view;
   plan.tile_channels = 1;
   plan.by_column = view.channels > 1 && view.inner <= kLongestColumnRun;
   if (plan.by_column) {
-    const int64_t fitting = kBlockThreads / view.inner;
-    plan.tile_channels = static_cast<int32_t>(fitting < view.channels ? fitting : view.channels);
+    plan.tile_channels = static_cast<int32_t>(std::min(kBlockThreads / view.inner, view.channels));
     plan.groups = ceil_divide(view.channels, plan.tile_channels);
     const int64_t rows = kBlockThreads / (plan.tile_channels * view.inner);
     split(plan, view.outer, rows * kUnitsPerThread);
     return plan;
   }
-  constexpr int64_t kVector = kAccessElements<S>;
-  const bool one_run = view.outer * view.channels == 1;
-  plan.is_vectorised = aligned && (one_run || view.inner % kVector == 0);
+  plan.is_vectorised = has_whole_vectors<S>(view);
   plan.groups = view.channels;
-  split(plan, view.outer * ceil_divide(view.inner, plan.is_vectorised ? kVector : 1), kBlockThreads * kUnitsPerThread);
+  const int64_t units_per_run = ceil_divide(view.inner, plan.is_vectorised ? kAccessElements<S> : 1);
+  split(plan, view.outer * units_per_run, kBlockThreads * kUnitsPerThread);
   return plan;
 }
+
+// For terms whose channels differ in nothing.
+struct NothingInCommon {};
 
 // A block for each item of work.
 inline unsigned item_blocks(const ReductionPlan& plan) {
   constexpr int64_t kMostBlocks = 1 << 20;
-  const int64_t items = plan.groups * plan.slices;
-  return static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks);
+  return static_cast<unsigned>(std::min(plan.groups * plan.slices, kMostBlocks));
+}
+
+// The elements that a term adds, by whole vectors where its pointers are `aligned`.
+template <int N, class S>
+__device__ __forceinline__ Vector<S, N> load_elements(const S* from, int count, bool aligned) {
+  return aligned ? load_vector<N, true>(from, 0, count) : load_vector<N, false>(from, 0, count);
+}
+template <int N, class S>
+__device__ __forceinline__ void store_elements(S* to, int count, bool aligned, const Vector<S, N>& vector) {
+  aligned ? store_vector<N, true>(to, 0, count, vector) : store_vector<N, false>(to, 0, count, vector);
 }
 
 // The place of what a slice is reduced to: neighbouring channels lie side by side.
@@ -91,7 +107,7 @@ __device__ __forceinline__ const Value* combine_rows(Value value, int width, int
   for (int height = rows; height > 1;) {
     const int half = (height + 1) / 2;
     if (thread / width + half < height) {
-      values[thread] = typename Term::Combine{}(values[thread], values[thread + half * width]);
+      values[thread] = Term::combine(values[thread], values[thread + half * width]);
     }
     __syncthreads();
     height = half;
@@ -109,7 +125,7 @@ __device__ __forceinline__ Value gather_channels(const Value* partials, const Re
   Value total = Term::none();
   if (row < rows && channel < plan.view.channels) {
     for (int64_t slice = row; slice < plan.slices; slice += rows) {
-      total = typename Term::Combine{}(total, partials[partial_index(plan, channel, slice)]);
+      total = Term::combine(total, partials[partial_index(plan, channel, slice)]);
     }
   }
   return combine_rows<Term>(total, width, rows)[threadIdx.x];
@@ -144,7 +160,7 @@ struct ByRow {
         ++run;
       }
     }
-    return block_reduce(total, Term::none(), typename Term::Combine{});
+    return block_reduce<Term>(total);
   }
 
   // What all slices are reduced to, in thread 0.
@@ -152,9 +168,9 @@ struct ByRow {
   static __device__ __forceinline__ Value gather(const Value* partials, const ReductionPlan& plan, int64_t channel) {
     Value total = Term::none();
     for (int64_t slice = threadIdx.x; slice < plan.slices; slice += kBlockThreads) {
-      total = typename Term::Combine{}(total, partials[partial_index(plan, channel, slice)]);
+      total = Term::combine(total, partials[partial_index(plan, channel, slice)]);
     }
-    return block_reduce(total, Term::none(), typename Term::Combine{});
+    return block_reduce<Term>(total);
   }
 
   // The channel whose value this thread has after `reduce` or `gather`, or -1.
@@ -162,6 +178,10 @@ struct ByRow {
     return threadIdx.x == 0 ? channel : -1;
   }
 };
+
+// By column, what a thread reads before it waits.
+template <class Term>
+constexpr int kRowsInFlight = sizeof(typename Term::Storage) == 8 ? 2 : 4;
 
 struct ByColumn {
   template <class Term>
@@ -180,7 +200,7 @@ struct ByColumn {
     Value total = Term::none();
     if (row < rows && column < columns) {
       const auto common = term.at(tile * plan.tile_channels + of_tile / inner);
-#pragma unroll 4
+#pragma unroll kRowsInFlight < Term>
       for (int64_t o = slice * plan.slice_length + row; o < end; o += rows) {
         term.template add<1>(total, common, o * columns + column, 1);
       }
@@ -189,7 +209,7 @@ struct ByColumn {
     Value of_channel = Term::none();
     if (static_cast<int>(threadIdx.x) < plan.tile_channels) {
       for (int i = 0; i < inner; ++i) {
-        of_channel = typename Term::Combine{}(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
+        of_channel = Term::combine(of_channel, of_column[static_cast<int>(threadIdx.x) * inner + i]);
       }
     }
     return of_channel;
@@ -225,40 +245,47 @@ __global__ void __maxnreg__(kMaxReductionRegisters)
   }
 }
 
-// The part of a workspace that a reduction needs.
-template <class Value>
-struct ReductionWorkspace {
+// How a term is reduced over a view, with the part of a workspace that this takes.
+template <class Term>
+struct Reduction {
+  ReductionPlan plan;
   unsigned* counters;
-  Value* partials;
+  typename Term::Value* partials;
 
-  ReductionWorkspace(WorkspaceLayout& layout, const ReductionPlan& plan)
-      : counters(layout.take<unsigned>(plan.slices > 1 ? plan.groups : 0)),
-        partials(layout.take<Value>(plan.slices > 1 ? plan.view.channels * plan.slices : 0)) {}
+  Reduction(WorkspaceLayout& layout, const ChannelView& view)
+      : plan(plan_reduction<typename Term::Storage>(view)),
+        counters(layout.take<unsigned>(plan.slices > 1 ? plan.groups : 0)),
+        partials(layout.take<typename Term::Value>(plan.slices > 1 ? plan.view.channels * plan.slices : 0)) {}
 };
 
-// f(Mapping{}) with the plan's. One channel is never reduced by column.
-template <class S, bool kOneChannel, class F>
-cudaError_t dispatch_mapping(const ReductionPlan& plan, const F& f) {
-  if constexpr (!kOneChannel) {
-    if (plan.by_column) return f(ByColumn{});
-  }
-  return plan.is_vectorised ? f(ByRow<kAccessElements<S>>{}) : f(ByRow<1>{});
-}
+// A reduction, and for what follows from it an element per channel.
+template <class Element, class Term>
+struct ChannelArrays {
+  Element* of_channel;
+  Reduction<Term> reduction;
 
-// finish(channel, value) for every channel of a tensor of storage type S.
-template <class S, bool kOneChannel = false, class Term, class Finish>
-cudaError_t launch_reduction(const Term& term, const ReductionPlan& plan,
-                             const ReductionWorkspace<typename Term::Value>& workspace, const Finish& finish,
-                             Stream stream) {
+  ChannelArrays(WorkspaceLayout& layout, int64_t channels, const ChannelView& reduced)
+      : of_channel(layout.take<Element>(channels)), reduction(layout, reduced) {}
+};
+
+// finish(channel, value) for every channel of a view of at least one, also if it has no elements. kOneChannel: of a
+// view that is never reduced by column.
+template <bool kOneChannel = false, class Term, class Finish>
+cudaError_t launch_reduction(const Term& term, const Reduction<Term>& reduction, const Finish& finish, Stream stream) {
+  const ReductionPlan& plan = reduction.plan;
   if (plan.slices > 1) {
     const size_t bytes = static_cast<size_t>(plan.groups) * sizeof(unsigned);
-    const cudaError_t error = cudaMemsetAsync(workspace.counters, 0, bytes, stream);
+    const cudaError_t error = cudaMemsetAsync(reduction.counters, 0, bytes, stream);
     if (error != cudaSuccess) return error;
   }
-  return dispatch_mapping<S, kOneChannel>(plan, [&](auto mapping) {
+  const auto launch_by = [&](auto mapping) {
     return launch(reduce_kernel<Term, decltype(mapping), Finish>, item_blocks(plan), kBlockThreads, stream, term, plan,
-                  workspace.partials, workspace.counters, finish);
-  });
+                  reduction.partials, reduction.counters, finish);
+  };
+  if constexpr (!kOneChannel) {
+    if (plan.by_column) return launch_by(ByColumn{});
+  }
+  return plan.is_vectorised ? launch_by(ByRow<kAccessElements<typename Term::Storage>>{}) : launch_by(ByRow<1>{});
 }
 
 }  // namespace qk::cuda

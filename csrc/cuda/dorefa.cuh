@@ -1,7 +1,4 @@
 // Owns the DoReFa kernels: weights forward and backward, activations, gradients.
-//
-// Sums are over parts of a fixed number of elements, added up in a fixed tree: the grid and the order in which blocks
-// run cannot show in a result.
 #pragma once
 
 #include "../numerics/dorefa.h"
@@ -40,67 +37,36 @@ struct StoreLargestTanh {
   }
 };
 
-// Stores max|g| per sample, and takes the step whose noise the next kernel draws.
+// Stores max|g| per sample, and advances the step before the one whose noise the next kernel draws.
 template <class T>
 struct StoreLargestMagnitude {
   T* largest;
   int64_t* rng_state;
-  int64_t* drawn_step;
 
   __device__ __forceinline__ void operator()(int64_t sample, Extrema<T> extrema) const {
     largest[sample] = extrema.largest_magnitude();
-    if (sample == 0) *drawn_step = rng_state[1]++;
+    if (sample == 0) ++rng_state[1];
   }
 };
-
-// finish(sum of term(i) over all i), called once. `partials` has an element per part; `counter` is zero.
-template <class Term, class Finish>
-__global__ void __launch_bounds__(kBlockThreads)
-    sum_kernel(Term term, int64_t numel, typename Term::Value* partials, unsigned* counter, Finish finish) {
-  using Value = typename Term::Value;
-  const int64_t parts = (numel + kSumPart - 1) / kSumPart;
-  for (int64_t part = blockIdx.x; part < parts; part += gridDim.x) {
-    const int64_t end = (part + 1) * kSumPart < numel ? (part + 1) * kSumPart : numel;
-    Value sum{};
-    for (int64_t i = part * kSumPart + threadIdx.x; i < end; i += kBlockThreads) sum = sum + term(i);
-    sum = block_reduce(sum, Value{}, Sum{});
-    if (threadIdx.x == 0) partials[part] = sum;
-  }
-  if (!arrives_last(counter, gridDim.x)) return;
-  Value sum{};
-  for (int64_t part = threadIdx.x; part < parts; part += kBlockThreads) sum = sum + partials[part];
-  sum = block_reduce(sum, Value{}, Sum{});
-  if (threadIdx.x == 0) finish(sum);
-}
-
-template <class Value>
-struct SumWorkspace {
-  unsigned* counter;
-  Value* partials;
-
-  SumWorkspace(WorkspaceLayout& layout, int64_t numel)
-      : counter(layout.take<unsigned>(1)), partials(layout.take<Value>(ceil_divide(numel, kSumPart))) {}
-};
-
-template <class Term, class Finish>
-cudaError_t launch_sum(const Term& term, int64_t numel, const SumWorkspace<typename Term::Value>& workspace,
-                       const Finish& finish, Stream stream) {
-  cudaError_t error = cudaMemsetAsync(workspace.counter, 0, sizeof(unsigned), stream);
-  if (error != cudaSuccess) return error;
-  const auto kernel = sum_kernel<Term, Finish>;
-  unsigned blocks = 0;
-  error = grid_stride_blocks(kernel, kBlockThreads, ceil_divide(numel, kSumPart) * kBlockThreads, &blocks);
-  if (error != cudaSuccess) return error;
-  return launch(kernel, blocks, kBlockThreads, stream, term, numel, workspace.partials, workspace.counter, finish);
-}
 
 template <class S>
-struct Magnitude {
-  using Value = double;
+struct MagnitudeTerm : ReduceSum<double> {
+  using Storage = S;
 
   const S* input;
+  bool aligned;
 
-  __device__ __forceinline__ double operator()(int64_t i) const { return absolute(double{widen(input[i])}); }
+  explicit MagnitudeTerm(const void* tensor) : input(static_cast<const S*>(tensor)), aligned(is_aligned(tensor)) {}
+
+  __device__ __forceinline__ NothingInCommon at(int64_t) const { return {}; }
+  template <int N>
+  __device__ __forceinline__ void add(double& total, NothingInCommon, int64_t first, int count) const {
+    const Vector<S, N> vector = load_elements<N>(input + first, count, aligned);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < count) total += absolute(double{widen(vector[i])});
+    }
+  }
 };
 
 template <class T>
@@ -108,7 +74,7 @@ struct StoreMean {
   T* statistic;
   int64_t numel;
 
-  __device__ __forceinline__ void operator()(double sum) const {
+  __device__ __forceinline__ void operator()(int64_t, double sum) const {
     *statistic = static_cast<T>(sum / static_cast<double>(numel));
   }
 };
@@ -165,23 +131,40 @@ struct WeightSums {
   double gradient_times_tanh;
   double largest_elements;
 
-  friend __device__ __forceinline__ WeightSums operator+(const WeightSums& a, const WeightSums& b) {
-    return {a.gradient_times_tanh + b.gradient_times_tanh, a.largest_elements + b.largest_elements};
+  __device__ __forceinline__ void operator+=(const WeightSums& other) {
+    gradient_times_tanh += other.gradient_times_tanh;
+    largest_elements += other.largest_elements;
   }
 };
 
 template <class S>
-struct WeightSumsTerm {
-  using Value = WeightSums;
+struct WeightSumsTerm : ReduceSum<WeightSums> {
+  using Storage = S;
+  using T = Compute<S>;
 
-  DoReFaWeightGradientJob job;
+  const S* grad_output;
+  const S* weight;
+  const T* statistic;
+  bool aligned;
 
-  __device__ __forceinline__ WeightSums operator()(int64_t i) const {
-    using T = Compute<S>;
-    const T t = hyperbolic_tangent(widen(static_cast<const S*>(job.weight)[i]));
-    const T g = widen(static_cast<const S*>(job.grad_output)[i]);
-    const bool is_largest = absolute(t) == *static_cast<const T*>(job.statistic);
-    return {double{g} * double{t}, is_largest ? 1.0 : 0.0};
+  explicit WeightSumsTerm(const DoReFaWeightGradientJob& job)
+      : grad_output(static_cast<const S*>(job.grad_output)),
+        weight(static_cast<const S*>(job.weight)),
+        statistic(static_cast<const T*>(job.statistic)),
+        aligned(are_aligned(job.grad_output, job.weight)) {}
+
+  __device__ __forceinline__ T at(int64_t) const { return *statistic; }
+  template <int N>
+  __device__ __forceinline__ void add(WeightSums& total, T largest, int64_t first, int count) const {
+    const Vector<S, N> g = load_elements<N>(grad_output + first, count, aligned);
+    const Vector<S, N> w = load_elements<N>(weight + first, count, aligned);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i >= count) continue;
+      const T t = hyperbolic_tangent(widen(w[i]));
+      total.gradient_times_tanh = fused_multiply_add(double{widen(g[i])}, double{t}, total.gradient_times_tanh);
+      if (absolute(t) == largest) total.largest_elements += 1.0;
+    }
   }
 };
 
@@ -191,7 +174,7 @@ struct StoreThroughLargest {
   const void* statistic;
   T* through_largest;
 
-  __device__ __forceinline__ void operator()(const WeightSums& sums) const {
+  __device__ __forceinline__ void operator()(int64_t, const WeightSums& sums) const {
     const double largest = *static_cast<const T*>(statistic);
     *through_largest =
         static_cast<T>(derivative_through_largest(sums.gradient_times_tanh, largest, sums.largest_elements));
@@ -235,7 +218,7 @@ struct DoReFaWeightGradient {
 // Four elements share a Philox block.
 constexpr int kNoiseElements = 4;
 
-// With max|g| per sample.
+// With max|g| per sample, which have been stored.
 template <class S, bool kAligned>
 struct DoReFaGradient {
   static constexpr int kElements = kAccessElements<S> > kNoiseElements ? kAccessElements<S> : kNoiseElements;
@@ -245,14 +228,12 @@ struct DoReFaGradient {
   int32_t longest_run;  // of elements of one sample in a pack
   Levels<Compute<S>> levels;
   const Compute<S>* largest;
-  const int64_t* drawn_step;
 
-  DoReFaGradient(const DoReFaGradientJob& gradient_job, const Compute<S>* largest_of_samples, const int64_t* step)
+  DoReFaGradient(const DoReFaGradientJob& gradient_job, const Compute<S>* largest_of_samples)
       : job(gradient_job),
         longest_run(job.inner < kElements ? static_cast<int32_t>(job.inner) : kElements),
         levels(make_levels<Compute<S>>(job.bits)),
-        largest(largest_of_samples),
-        drawn_step(step) {}
+        largest(largest_of_samples) {}
 
   __device__ __forceinline__ void operator()(int64_t first) const {
     using T = Compute<S>;
@@ -290,7 +271,8 @@ struct DoReFaGradient {
 
  private:
   __device__ __forceinline__ Vector<uint32_t, kNoiseElements> draw(int64_t block) const {
-    const PhiloxBlock words = philox4x32(philox_counter(block, *drawn_step), philox_key(job.rng_state[0], job.stream));
+    const int64_t step = job.rng_state[1] - 1;  // StoreLargestMagnitude has advanced it
+    const PhiloxBlock words = philox4x32(philox_counter(block, step), philox_key(job.rng_state[0], job.stream));
     return {{words.word[0], words.word[1], words.word[2], words.word[3]}};
   }
 };

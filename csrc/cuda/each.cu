@@ -1,8 +1,7 @@
 // Implements CurrentJobs and StraightThroughJobs of run_cuda.h: many small tensors a launch, whose list is among its
 // parameters. What is not small has launches of its own, as if it were alone.
-#include <algorithm>
-
 #include "affine.cuh"
+#include "extrema.cuh"
 #include "run_cuda.h"
 
 namespace qk::cuda {
@@ -43,25 +42,26 @@ struct Items {
   }
 };
 
+// In one slice, in thread 0.
+template <int N, class S>
+__device__ __forceinline__ Extrema<Compute<S>> channel_extrema(const CurrentItem& item, int64_t channel) {
+  ReductionPlan plan{};
+  plan.view = item.view;
+  plan.slice_length = item.view.outer * ceil_divide(item.view.inner, N);
+  return ByRow<N>::reduce(ExtremaTerm<S>(item.input), plan, channel, 0);
+}
+
 // A block for each channel of each tensor.
 template <class S>
 __global__ void __launch_bounds__(kBlockThreads) current_ranges_kernel(Items<CurrentItem> items) {
   const CurrentItem& item = items.mine();
   const int64_t channel = blockIdx.x - item.first_block;
-  const int inner = static_cast<int>(item.view.inner);
-  const int elements = static_cast<int>(item.view.outer) * inner;
-  const S* const input = static_cast<const S*>(item.input) + channel * inner;
-  const int64_t row = item.view.channels * inner;
-  Extrema<Compute<S>> total = Extrema<Compute<S>>::empty();
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < elements; i += kBlockThreads) {
-    const Compute<S> x = widen(input[i / inner * row + i % inner]);
-    total.combine(x, x);
-  }
-  total = block_extrema(total);
+  const Extrema<Compute<S>> extrema = has_whole_vectors<S>(item.view)
+                                          ? channel_extrema<kAccessElements<S>, S>(item, channel)
+                                          : channel_extrema<1, S>(item, channel);
   if (threadIdx.x != 0) return;
-  item.range[channel] = static_cast<float>(total.min);
-  item.range[item.view.channels + channel] = static_cast<float>(total.max);
+  item.range[channel] = static_cast<float>(extrema.min);
+  item.range[item.view.channels + channel] = static_cast<float>(extrema.max);
 }
 
 // The grid that all tensors of a call share.
@@ -158,37 +158,28 @@ cudaError_t launch_together(const CurrentJob& first, const Items<CurrentItem>& i
   });
 }
 
-template <class U>
-cudaError_t launch_gradients(const Items<GradientItem>& items, Stream stream) {
-  return launch_items(
-      items, [](const GradientItem& item) { return blocks_of_packs(item.numel, kPackElements<U>); },
-      [&](const Items<GradientItem>& placed, unsigned blocks) {
-        return launch(straight_through_each_kernel<U>, blocks, kBlockThreads, stream, placed);
-      });
-}
-
 cudaError_t launch_together(const StraightThroughJob& first, const Items<GradientItem>& items, Stream stream) {
-  switch (first.element_size) {
-    case 2:
-      return launch_gradients<uint16_t>(items, stream);
-    case 4:
-      return launch_gradients<uint32_t>(items, stream);
-    default:
-      return launch_gradients<uint64_t>(items, stream);
-  }
+  return dispatch_size(first.element_size, [&](auto bits) {
+    using U = decltype(bits);
+    return launch_items(
+        items, [](const GradientItem& item) { return blocks_of_packs(item.numel, kPackElements<U>); },
+        [&](const Items<GradientItem>& placed, unsigned blocks) {
+          return launch(straight_through_each_kernel<U>, blocks, kBlockThreads, stream, placed);
+        });
+  });
 }
 
-cudaError_t launch_alone(const CurrentJob& job, void* workspace, Stream stream) {
+cudaError_t launch_alone(const CurrentJob& job, Workspace& workspace, Stream stream) {
   const cudaError_t error = run(job.range, workspace, stream);
   return error == cudaSuccess ? run(job.quantization, workspace, stream) : error;
 }
-cudaError_t launch_alone(const StraightThroughJob& job, void* workspace, Stream stream) {
+cudaError_t launch_alone(const StraightThroughJob& job, Workspace& workspace, Stream stream) {
   return run(job, workspace, stream);
 }
 
-// Small jobs in a row that go together share launches; the others have one after the other the workspace.
+// Small jobs in a row that go together share launches; the others run one after the other.
 template <class Jobs>
-cudaError_t run_each(const Jobs& jobs, void* workspace, Stream stream) {
+cudaError_t run_each(const Jobs& jobs, Workspace& workspace, Stream stream) {
   for (int64_t i = 0; i < jobs.count;) {
     const auto& first = jobs.jobs[i];
     cudaError_t error = cudaSuccess;
@@ -210,22 +201,11 @@ cudaError_t run_each(const Jobs& jobs, void* workspace, Stream stream) {
 
 }  // namespace
 
-size_t workspace_bytes(const CurrentJobs& jobs) {
-  size_t most = 0;
-  for (const CurrentJob* job = jobs.jobs; job < jobs.jobs + jobs.count; ++job) {
-    if (is_small(*job)) continue;
-    most = std::max({most, workspace_bytes(job->range), workspace_bytes(job->quantization)});
-  }
-  return most;
-}
-
-size_t workspace_bytes(const StraightThroughJobs&) { return 0; }
-
-cudaError_t run(const CurrentJobs& jobs, void* workspace, cudaStream_t stream) {
+cudaError_t run(const CurrentJobs& jobs, Workspace& workspace, cudaStream_t stream) {
   return run_each(jobs, workspace, stream);
 }
 
-cudaError_t run(const StraightThroughJobs& jobs, void* workspace, cudaStream_t stream) {
+cudaError_t run(const StraightThroughJobs& jobs, Workspace& workspace, cudaStream_t stream) {
   return run_each(jobs, workspace, stream);
 }
 

@@ -31,37 +31,22 @@ struct StoreRange {
   }
 };
 
-template <class Job>
-size_t reduction_bytes(const Job& job) {
-  return dispatch_storage(job.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    WorkspaceLayout layout(nullptr);
-    ExtremaWorkspace<S>(layout, plan_extrema<S>(job.input, job.view));
-    return layout.bytes();
-  });
-}
-
 template <template <class> class Finish, class Job>
-cudaError_t reduce(const Job& job, void* workspace, Stream stream) {
+cudaError_t reduce(const Job& job, Workspace& workspace, Stream stream) {
   return dispatch_storage(job.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    WorkspaceLayout layout(workspace);
-    const ReductionPlan plan = plan_extrema<S>(job.input, job.view);
-    const ExtremaWorkspace<S> reduction(layout, plan);
-    return launch_extrema<S>(job.input, plan, reduction, Finish<S>(job), stream);
+    using Term = ExtremaTerm<decltype(storage)>;
+    const auto reduction = lay_out<Reduction<Term>>(workspace, job.view);
+    return launch_reduction(Term(job.input), reduction, Finish<decltype(storage)>(job), stream);
   });
 }
 
 }  // namespace
 
-size_t workspace_bytes(const ExtremaJob& job) { return reduction_bytes(job); }
-size_t workspace_bytes(const RangeJob& job) { return reduction_bytes(job); }
-
-cudaError_t run(const ExtremaJob& job, void* workspace, cudaStream_t stream) {
+cudaError_t run(const ExtremaJob& job, Workspace& workspace, cudaStream_t stream) {
   return reduce<StoreExtrema>(job, workspace, stream);
 }
 
-cudaError_t run(const RangeJob& job, void* workspace, cudaStream_t stream) {
+cudaError_t run(const RangeJob& job, Workspace& workspace, cudaStream_t stream) {
   return reduce<StoreRange>(job, workspace, stream);
 }
 

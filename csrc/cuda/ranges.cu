@@ -44,16 +44,13 @@ cudaError_t in_parts(const Job& job, const F& launch_part) {
 
 }  // namespace
 
-size_t workspace_bytes(const BeginStepJob&) { return 0; }
-size_t workspace_bytes(const EndStepJob&) { return 0; }
-
-cudaError_t run(const BeginStepJob& job, void*, cudaStream_t stream) {
+cudaError_t run(const BeginStepJob& job, Workspace&, cudaStream_t stream) {
   return in_parts(job, [&](const Steps<BeginStep>& steps, unsigned blocks, bool) {
     return launch(begin_step_kernel, blocks, kStepThreads, stream, steps, job.step);
   });
 }
 
-cudaError_t run(const EndStepJob& job, void*, cudaStream_t stream) {
+cudaError_t run(const EndStepJob& job, Workspace&, cudaStream_t stream) {
   if (job.count == 0) return launch_advance(job.step, stream);
   return in_parts(job, [&](const Steps<EndStep>& steps, unsigned blocks, bool is_last) {
     return launch(end_step_kernel, blocks, kStepThreads, stream, steps, is_last ? job.step : nullptr);

@@ -6,6 +6,7 @@
 
 #include "../numerics/dispatch.h"
 #include "vector_io.cuh"
+#include "workspace.h"
 
 namespace qk::cuda {
 
@@ -57,11 +58,13 @@ constexpr int kPackElements = sizeof(S) == 2 ? 16 : 8;
 template <class S>
 using Pack = Vector<S, kPackElements<S>>;
 
-template <class S>
-bool is_pack_aligned(const void* pointer) {
-  return is_aligned<S, kPackElements<S>>(static_cast<const S*>(pointer));
+inline bool is_aligned(const uint8_t* mask) { return reinterpret_cast<uintptr_t>(mask) % sizeof(uint16_t) == 0; }
+
+// Of elements and masks.
+template <class... Pointees>
+bool are_aligned(const Pointees*... pointers) {
+  return (... && is_aligned(pointers));
 }
-inline bool is_mask_aligned(const uint8_t* mask) { return reinterpret_cast<uintptr_t>(mask) % sizeof(uint16_t) == 0; }
 
 // The mask of the N elements from `first` on, of which `count` exist: bit i is element first + i.
 template <int N, bool kAligned>
@@ -152,28 +155,28 @@ cudaError_t launch_packs(const Operation& operation, int64_t numel, Stream strea
   return launch_over_packs<Operation::kElements>(numel, stream, pack_kernel<Operation>, operation, numel);
 }
 
-// Walks the elements of a pack, each with the row of a table that belongs to its channel. kMixed: the pack may cross
-// from one channel to the next, because the inner size is no multiple of the pack's. One division finds the first row.
-template <class Row, int N, bool kMixed>
-class ChannelRows {
+// Walks the elements of a pack, with what an array has for the channel of each. kMixed: the pack may cross from one
+// channel to the next, because the inner size is no multiple of the pack's. One division finds the first channel.
+template <class Value, int N, bool kMixed>
+class ChannelWalk {
  public:
-  // `view` and `table` are a kernel's parameters, which take no registers.
-  __device__ __forceinline__ ChannelRows(const ChannelView& view, const Row* const& table, int64_t first)
-      : view_(view), table_(table) {
+  // `view` and `of_channel` are a kernel's parameters, which take no registers.
+  __device__ __forceinline__ ChannelWalk(const ChannelView& view, const Value* const& of_channel, int64_t first)
+      : view_(view), of_channel_(of_channel) {
     const int64_t segment = first / view.inner;
     channel_ = segment % view.channels;
     left_ = up_to_past((segment + 1) * view.inner - first);
   }
 
-  // That of the next element. Past the tensor's end there are rows too.
-  __device__ __forceinline__ const Row& next() {
+  // That of the next element. Past the tensor's end there are channels too.
+  __device__ __forceinline__ const Value& next() {
     if (kMixed && left_ == 0) {
       ++channel_;
       if (channel_ == view_.channels) channel_ = 0;
       left_ = up_to_past(view_.inner);
     }
     --left_;
-    return table_[channel_];
+    return of_channel_[channel_];
   }
 
  private:
@@ -184,7 +187,7 @@ class ChannelRows {
   }
 
   const ChannelView& view_;
-  const Row* const& table_;
+  const Value* const& of_channel_;
   int64_t channel_;
   int left_;
 };
@@ -220,23 +223,5 @@ template <class F>
 cudaError_t dispatch_bool(bool value, const F& f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
 }
-
-// Lays arrays out in a workspace, one after the other; with a null workspace it only counts the bytes.
-class WorkspaceLayout {
- public:
-  explicit WorkspaceLayout(void* workspace) : base_(reinterpret_cast<uintptr_t>(workspace)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const array = reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
-    return array;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  size_t bytes_ = 0;
-};
 
 }  // namespace qk::cuda

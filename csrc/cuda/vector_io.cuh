@@ -38,9 +38,8 @@ __device__ __forceinline__ void rotate(Vector<T, N>& vector) {
 }
 
 // Whether the launcher may choose kAligned = true; ask it of every pointer that the kernel reads or writes as vectors.
-template <class T, int N>
-__host__ __device__ __forceinline__ bool is_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(Vector<T, N>) == 0;
+__host__ __device__ __forceinline__ bool is_aligned(const void* elements) {
+  return reinterpret_cast<uintptr_t>(elements) % kAccessBytes == 0;
 }
 
 // How many of the N elements from `offset` on lie below `size`: N everywhere but at the tail.
@@ -52,7 +51,7 @@ __device__ __forceinline__ int elements_left(Index offset, Index size) {
 }
 
 // Elements source[offset ... offset + N); those at or beyond `size` are `fill`, and are not read. `offset` is a
-// multiple of N. kAligned promises is_aligned<T, N>(source).
+// multiple of N. kAligned promises is_aligned(source).
 template <int N, bool kAligned, class T, class Index>
 __device__ __forceinline__ Vector<T, N> load_vector(const T* source, Index offset, Index size, T fill = T{}) {
   const int count = elements_left<N>(offset, size);

@@ -33,16 +33,29 @@ struct Cuda {
 
   static cudaStream_t current_stream(int32_t device);
 
-  // On the tensor's device and its current stream. The workspace returns to torch's allocator at once: that hands it
-  // out to later work of the same stream only.
+  // Memory returns to torch's allocator at once: that hands it out to later work of the same stream only.
+  class Workspace final : public cuda::Workspace {
+   public:
+    explicit Workspace(const Tensor& like) : like_(like) {}
+
+    void* take(size_t bytes) override {
+      if (bytes == 0) return nullptr;
+      memory_ = empty_vector(like_, static_cast<int64_t>(bytes), aoti_torch_dtype_uint8());
+      return memory_.mutable_data_ptr();
+    }
+
+   private:
+    const Tensor& like_;
+    Tensor memory_;
+  };
+
+  // On the tensor's device and its current stream.
   template <class Job>
   static void run(const Job& job, const Tensor& like) {
     const int32_t device = like.device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    const int64_t bytes = static_cast<int64_t>(cuda::workspace_bytes(job));
-    const Tensor workspace = bytes == 0 ? Tensor() : empty_vector(like, bytes, aoti_torch_dtype_uint8());
-    void* const memory = bytes == 0 ? nullptr : workspace.mutable_data_ptr();
-    check(cuda::run(job, memory, current_stream(device)));
+    Workspace workspace(like);
+    check(cuda::run(job, workspace, current_stream(device)));
   }
 };
 #endif

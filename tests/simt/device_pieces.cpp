@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "exact_workspace.h"
 
 namespace py = pybind11;
 
@@ -18,27 +19,24 @@ using Array = py::array_t<T, py::array::c_style>;
 
 // As Python tuples (min, max, sum).
 template <class T>
-py::tuple to_tuple(const GridReduction<T>& value) {
+py::tuple to_tuple(const Reduced<T>& value) {
   return py::make_tuple(value.extrema.min, value.extrema.max, value.sum);
 }
 
 template <class T>
-py::tuple reduce_array(Array<T> x, int blocks) {
-  const int64_t chunks = (x.size() + kChunk - 1) / kChunk;
-  std::vector<GridReduction<T>> chunk_values(chunks);
-  unsigned counter = 0;
-  GridReduction<T> result{};
-  simt::check(reduce<T>(x.data(), x.size(), blocks, chunk_values.data(), &counter, &result, nullptr));
-  if (counter != 0) throw std::runtime_error("the counter was not reset");
-  return to_tuple(result);
+py::tuple reduce_array(Array<T> x) {
+  simt::ExactWorkspace workspace;
+  Reduced<T> result{};
+  simt::check(reduce<T>(x.data(), x.size(), &result, workspace, nullptr));
+  return to_tuple<T>(result);
 }
 
 template <class T>
 py::list reduce_block_of(Array<T> x) {
-  std::vector<GridReduction<T>> results(x.size());
+  std::vector<Reduced<T>> results(x.size());
   simt::check(cuda::launch(reduce_block<T>, 1, static_cast<unsigned>(x.size()), nullptr, x.data(), results.data()));
   py::list all;
-  for (const auto& result : results) all.append(to_tuple(result));
+  for (const auto& result : results) all.append(to_tuple<T>(result));
   return all;
 }
 

@@ -1,20 +1,14 @@
-// Owns kernels that exercise block_reduce.cuh, vector_io.cuh and launch.cuh: copies by vectors and a reduction over the
-// grid. They are compiled by nvcc as well (tests/test_simt.py), to show that the headers are CUDA.
+// Owns what exercises block_reduce.cuh, channel_reduce.cuh, vector_io.cuh and launch.cuh: copies by vectors, and a
+// reduction by block and grid. nvcc compiles it as well (tests/test_simt.py), to show that the headers are CUDA.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/block_reduce.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/vector_io.cuh"
+#include "cuda/channel_reduce.cuh"
 
 namespace qk::pieces {
 
 using cuda::Stream;
-
-struct Half {
-  uint16_t bits;
-};
 
 // Copies `size` elements, then fills up to `stored` elements; `stored` <= `size` rounded up to N.
 template <int N, bool kAligned, class T, class Index>
@@ -39,62 +33,54 @@ template <int N, class T>
 cudaError_t copy(const T* x, T* y, int64_t size, int64_t stored, T fill, Stream stream) {
   if (stored == 0) return cudaSuccess;
   const auto size32 = static_cast<uint32_t>(size), stored32 = static_cast<uint32_t>(stored);
-  if (cuda::is_aligned<T, N>(x) && cuda::is_aligned<T, N>(y)) {
+  if (cuda::is_aligned(x) && cuda::is_aligned(y)) {
     return launch_copy<N, true>(x, y, size32, stored32, fill, stream);
   }
   return launch_copy<N, false>(x, y, size, stored, fill, stream);
 }
 
 template <class T>
-struct GridReduction {
-  Extrema<T> extrema;
-  T sum;
+struct ExtremaAndSum {
+  using Storage = T;
+  struct Value {
+    Extrema<T> extrema;
+    T sum;
+  };
+
+  const T* input;
+
+  static __device__ __forceinline__ Value none() { return {Extrema<T>::empty(), T(0)}; }
+  static __device__ __forceinline__ Value combine(const Value& a, const Value& b) {
+    return {cuda::ReduceExtrema<T>::combine(a.extrema, b.extrema), cuda::ReduceSum<T>::combine(a.sum, b.sum)};
+  }
+  __device__ __forceinline__ cuda::NothingInCommon at(int64_t) const { return {}; }
+  template <int N>
+  __device__ __forceinline__ void add(Value& total, cuda::NothingInCommon, int64_t first, int count) const {
+    for (int i = 0; i < count; ++i) total = combine(total, {{input[first + i], input[first + i]}, input[first + i]});
+  }
+};
+template <class T>
+using Reduced = typename ExtremaAndSum<T>::Value;
+
+template <class T>
+struct StoreReduced {
+  Reduced<T>* result;
+
+  __device__ __forceinline__ void operator()(int64_t, const Reduced<T>& value) const { *result = value; }
 };
 
-constexpr int kReduceThreads = 128;
-constexpr int kChunk = 4 * kReduceThreads;
-
-// One element of `chunk_values` per chunk of kChunk elements; `counter` is one zero. The last block combines the
-// chunks.
 template <class T>
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_grid(const T* __restrict__ x, int64_t size, GridReduction<T>* chunk_values, unsigned* counter,
-                GridReduction<T>* result) {
-  const int64_t chunks = (size + kChunk - 1) / kChunk;
-  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    auto extrema = Extrema<T>::empty();
-    T sum = T(0);
-    for (int i = 0; i < kChunk / kReduceThreads; ++i) {
-      const int64_t index = chunk * kChunk + i * kReduceThreads + threadIdx.x;
-      if (index >= size) break;
-      extrema = cuda::CombineExtrema{}(extrema, Extrema<T>{x[index], x[index]});
-      sum += x[index];
-    }
-    const GridReduction<T> value{cuda::block_extrema(extrema), cuda::block_sum(sum)};
-    if (threadIdx.x == 0) chunk_values[chunk] = value;
-  }
-  if (!cuda::arrives_last(counter, gridDim.x)) return;
-  auto extrema = Extrema<T>::empty();
-  T sum = T(0);
-  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kReduceThreads) {
-    extrema = cuda::CombineExtrema{}(extrema, chunk_values[chunk].extrema);
-    sum += chunk_values[chunk].sum;
-  }
-  const GridReduction<T> total{cuda::block_extrema(extrema), cuda::block_sum(sum)};
-  if (threadIdx.x == 0) *result = total;
-}
-
-template <class T>
-cudaError_t reduce(const T* x, int64_t size, int blocks, GridReduction<T>* chunk_values, unsigned* counter,
-                   GridReduction<T>* result, Stream stream) {
-  return cuda::launch(reduce_grid<T>, blocks, kReduceThreads, stream, x, size, chunk_values, counter, result);
+cudaError_t reduce(const T* x, int64_t size, Reduced<T>* result, cuda::Workspace& workspace, Stream stream) {
+  using Term = ExtremaAndSum<T>;
+  const auto reduction = cuda::lay_out<cuda::Reduction<Term>>(workspace, ChannelView{1, 1, size});
+  return cuda::launch_reduction<true>(Term{x}, reduction, StoreReduced<T>{result}, stream);
 }
 
 // The block's result as every thread gets it.
 template <class T>
-__global__ void reduce_block(const T* __restrict__ x, GridReduction<T>* results) {
+__global__ void reduce_block(const T* __restrict__ x, Reduced<T>* results) {
   const T value = x[threadIdx.x];
-  results[threadIdx.x] = {cuda::block_extrema(Extrema<T>{value, value}), cuda::block_sum(value)};
+  results[threadIdx.x] = cuda::block_reduce<ExtremaAndSum<T>>({{value, value}, value});
 }
 
 // Every element plus the sum of all, in one launch.
@@ -103,7 +89,7 @@ __global__ void add_total(const T* __restrict__ x, T* __restrict__ y, int64_t si
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   T sum = T(0);
   for (int64_t i = first; i < size; i += static_cast<int64_t>(gridDim.x) * blockDim.x) sum += x[i];
-  sum = cuda::block_sum(sum);
+  sum = cuda::block_reduce<cuda::ReduceSum<T>>(sum);
   if (threadIdx.x == 0) block_sums[blockIdx.x] = sum;
   cuda::grid_sync();
   T total = T(0);
@@ -122,10 +108,8 @@ template cudaError_t copy<8, float>(const float*, float*, int64_t, int64_t, floa
 template cudaError_t copy<4, float>(const float*, float*, int64_t, int64_t, float, Stream);
 template cudaError_t copy<2, double>(const double*, double*, int64_t, int64_t, double, Stream);
 template cudaError_t copy<8, double>(const double*, double*, int64_t, int64_t, double, Stream);
-template cudaError_t reduce<float>(const float*, int64_t, int, GridReduction<float>*, unsigned*, GridReduction<float>*,
-                                   Stream);
-template cudaError_t reduce<double>(const double*, int64_t, int, GridReduction<double>*, unsigned*,
-                                    GridReduction<double>*, Stream);
+template cudaError_t reduce<float>(const float*, int64_t, Reduced<float>*, cuda::Workspace&, Stream);
+template cudaError_t reduce<double>(const double*, int64_t, Reduced<double>*, cuda::Workspace&, Stream);
 template cudaError_t launch_add_total<float>(const float*, float*, int64_t, int, float*, Stream);
 
 }  // namespace qk::pieces

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "device_pieces.cuh"
+#include "exact_workspace.h"
 
 namespace qk::pieces {
 namespace {
@@ -77,20 +78,18 @@ void sweep_copies(bool few) {
   }
 }
 
+// Of one slice and of several.
 void sweep_reductions(bool few) {
-  const std::vector<int64_t> all_sizes = {1, 31, 32, 33, 511, 512, 513, 4097}, few_sizes = {513, 4097};
+  const std::vector<int64_t> all_sizes = {0, 1, 31, 33, 4097, 16'385, 50'000}, few_sizes = {16'385};
   for (const int64_t size : few ? few_sizes : all_sizes) {
     Buffer<float> x(size, 0);
     for (int64_t i = 0; i < size; ++i) x.data()[i] = static_cast<float>(i % 97 - 48);
-    for (const int blocks : {1, 2, 5}) {
-      Buffer<GridReduction<float>> chunk_values((size + kChunk - 1) / kChunk, 0);
-      unsigned counter = 0;
-      GridReduction<float> result{};
-      const cudaError_t error = reduce<float>(x.data(), size, blocks, chunk_values.data(), &counter, &result, nullptr);
-      require(error == cudaSuccess && counter == 0, "reduce: launch");
-      require(result.extrema.min == -48 && result.extrema.max == static_cast<float>(size < 97 ? size - 49 : 48),
-              "reduce: extrema of " + std::to_string(size));
-    }
+    simt::ExactWorkspace workspace;
+    Reduced<float> result{};
+    require(reduce<float>(x.data(), size, &result, workspace, nullptr) == cudaSuccess, "reduce: launch");
+    const float min = size == 0 ? INFINITY : -48.0f;
+    const float max = size == 0 ? -INFINITY : static_cast<float>(size < 97 ? size - 49 : 48);
+    require(result.extrema.min == min && result.extrema.max == max, "reduce: extrema of " + std::to_string(size));
   }
 }
 
@@ -116,7 +115,7 @@ int main(int count, char** arguments) {
                                                  : qk::simt::Order::kForward;
   if (order == "random") qk::simt::config().concurrent_blocks = 3;
   try {
-    sweep_copies<8, Half>(few);
+    sweep_copies<8, qk::Half>(few);
     sweep_copies<4, float>(few);
     sweep_copies<8, float>(few);
     sweep_copies<2, double>(few);

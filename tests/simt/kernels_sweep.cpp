@@ -4,12 +4,12 @@
 // Results are compared elsewhere (tests/test_cuda_emulated.py); here an element must only have been written.
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "cuda/run_cuda.h"
+#include "exact_workspace.h"
 #include "numerics/half.h"
 
 namespace qk::simt {
@@ -49,11 +49,8 @@ class Buffer {
 
 template <class Job>
 void run(const Job& job) {
-  const size_t bytes = cuda::workspace_bytes(job);
-  void* workspace = bytes == 0 ? nullptr : std::malloc(bytes);
-  if (workspace != nullptr) std::memset(workspace, 0xa5, bytes);
+  ExactWorkspace workspace;
   const cudaError_t error = cuda::run(job, workspace, nullptr);
-  std::free(workspace);
   if (error != cudaSuccess) throw Error(cudaGetErrorString(error));
 }
 
