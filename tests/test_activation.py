@@ -287,18 +287,10 @@ MISUSE = (
 
 
 @pytest.mark.parametrize(("suffix", "position", "wrong", "expected", "actual"), MISUSE)
-@pytest.mark.parametrize("fake", [False, True], ids=["kernel", "fake"])
-def test_misuse_raises_the_same_text(
-    suffix: str, position: int, wrong: Any, expected: str, actual: str, fake: bool
-) -> None:
+def test_misuse_names_the_argument(suffix: str, position: int, wrong: Any, expected: str, actual: str) -> None:
     arguments = [make() for make in (BACKWARD if suffix else FORWARD)]
     arguments[position] = wrong()
     op = OPERATOR + suffix
-    if fake:
-        arguments = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
-            for a in arguments
-        ]
     with pytest.raises(RuntimeError) as raised:
         getattr(torch.ops.quantkernels, op)(*arguments)
     assert f"{op}: expected {expected}, but got {actual}" in str(raised.value)
