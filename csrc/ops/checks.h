@@ -1,5 +1,5 @@
-// Owns the checks of tensors in front of every operator, those of values being in ../checks.h. Messages are the same in
-// the fake implementations (quantkernels/_ops.py). Order: device, dtype, shape, value.
+// Owns the checks of tensors in front of every operator, those of values being in ../checks.h. Order: device, dtype,
+// shape, value.
 #pragma once
 
 #include <optional>
