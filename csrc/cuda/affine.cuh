@@ -48,30 +48,29 @@ __device__ __forceinline__ void quantize_packs(const AffineJob& job, int64_t num
 template <class T, bool kObserves>
 constexpr bool kMayDivide = std::is_same_v<T, float> || !kObserves;
 
+// f(the mode as a type); may_divide is false where no grid is of kDivide.
+template <bool may_divide, class F>
+__device__ __forceinline__ auto dispatch_mode(AffineMode mode, const F& f) {
+  if (mode == AffineMode::kPassThrough) return f(std::integral_constant<AffineMode, AffineMode::kPassThrough>{});
+  if (may_divide && mode == AffineMode::kDivide) return f(std::integral_constant<AffineMode, AffineMode::kDivide>{});
+  return f(std::integral_constant<AffineMode, AffineMode::kReciprocal>{});
+}
+
 // The whole tensor on one grid.
 template <bool kObserves, class S, bool kAligned>
 __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, int64_t numel,
                                                           const AffineGrid<Compute<S>>& grid) {
   Extrema<float> seen = Extrema<float>::empty();
-  if (grid.mode == AffineMode::kPassThrough) {
-    quantize_packs<AffineMode::kPassThrough, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  } else if (kMayDivide<Compute<S>, kObserves> && grid.mode == AffineMode::kDivide) {
-    quantize_packs<AffineMode::kDivide, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  } else {
-    quantize_packs<AffineMode::kReciprocal, kObserves, S, kAligned>(job, numel, grid.constants, seen);
-  }
+  dispatch_mode<kMayDivide<Compute<S>, kObserves>>(grid.mode, [&](auto mode) {
+    quantize_packs<decltype(mode)::value, kObserves, S, kAligned>(job, numel, grid.constants, seen);
+  });
   return seen;
 }
 
 template <class S, class T = Compute<S>>
 __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
-  if (grid.mode == AffineMode::kPassThrough) {
-    return quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
-  }
-  if (grid.mode == AffineMode::kDivide) {
-    return quantize_element<AffineMode::kDivide, S>(x, grid.constants);
-  }
-  return quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
+  return dispatch_mode<true>(grid.mode,
+                             [&](auto mode) { return quantize_element<decltype(mode)::value, S>(x, grid.constants); });
 }
 
 // Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
