@@ -47,38 +47,18 @@ __global__ void __maxnreg__(kActivationRegisters<S>) activation_quantize_kernel(
 }
 
 template <Activation activation, class S, bool kAligned>
-struct ActivationGradient {
-  static constexpr int kElements = kPackElements<S>;
-  static constexpr int kPart = kActivatedPart<S>;
-
-  const ActivationGradientJob& job;
-
-  __device__ __forceinline__ void operator()(int64_t first) const {
-    constexpr int N = kChunkElements<S, kAligned>;
-    unsigned bits = load_mask<kElements, kAligned>(job.mask, first, elements_left<kElements>(first, job.numel));
-#pragma unroll 1
-    for (int at = 0; at < kElements; at += N) {
-      Vector<S, N> g = load_vector<N, kAligned>(static_cast<const S*>(job.grad_output), first + at, job.numel);
-      Vector<S, N> x = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
-#pragma unroll 1
-      for (int part = 0; part < N; part += kPart) {
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-          const Compute<S> gradient = widen(g[i]) * activation_derivative<activation>(widen(x[i]));
-          g[i] = narrow<S>((bits & 1u) != 0 ? gradient : Compute<S>(0));
-          bits >>= 1;
-        }
-        rotate<kPart>(g);
-        rotate<kPart>(x);
-      }
-      store_vector<N, kAligned>(static_cast<S*>(job.grad_input), first + at, job.numel, g);
-    }
-  }
-};
-
-template <Activation activation, class S, bool kAligned>
 __global__ void __maxnreg__(kActivationGradientRegisters<S>) activation_gradient_kernel(ActivationGradientJob job) {
-  for_each_pack<kPackElements<S>>(job.numel, ActivationGradient<activation, S, kAligned>{job});
+  constexpr int kElements = kPackElements<S>;
+  for_each_pack<kElements>(job.numel, [&](int64_t first) {
+    unsigned bits = load_mask<kElements, kAligned>(job.mask, first, elements_left<kElements>(first, job.numel));
+    map_pack<S, kElements, kActivatedPart<S>, kAligned>(
+        {job.grad_output, job.input}, job.grad_input, first, job.numel, [&](Compute<S> g, Compute<S> x) {
+          const Compute<S> gradient = g * activation_derivative<activation>(x);
+          const bool passes = (bits & 1u) != 0;
+          bits >>= 1;
+          return passes ? gradient : Compute<S>(0);
+        });
+  });
 }
 
 // For jobs of at least one element.

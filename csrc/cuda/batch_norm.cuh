@@ -82,7 +82,7 @@ template <class S, bool kObserves>
 constexpr int kNormaliseRegisters = kObserves || sizeof(S) == 8 ? 48 : kMaxRegisters;
 
 // Elements computed at a time, for the registers.
-template <class S, bool kAligned>
+template <class S>
 constexpr int kNormalisedPart = sizeof(S) == 8 ? 1 : 2;
 
 // Widens `seen` by what the thread reads, if it observes.
@@ -93,7 +93,7 @@ __device__ __forceinline__ void normalise_packs(const AffineJob& job, const Chan
   for_each_pack<kPackElements<S>>(numel, [&](int64_t first) {
     ChannelWalk<NormaliseConstants<Compute<S>>, kPackElements<S>, kMixed> walk(view, of_channel, first);
     int left = elements_left<kPackElements<S>>(first, numel);
-    quantize_pack<kChunkElements<S, kAligned>, kNormalisedPart<S, kAligned>, kAligned>(
+    quantize_pack<kChunkElements<S, kAligned>, kNormalisedPart<S>, kAligned>(
         static_cast<const S*>(job.input), static_cast<S*>(job.output), job.mask, first, numel, S{},
         [&](Compute<S> x, bool& passes) {
           const NormaliseConstants<Compute<S>>& c = walk.next();
@@ -196,36 +196,23 @@ struct StoreGradients {
 
 template <class S, bool kAligned, bool kMixed>
 struct BatchNormInputGradient {
+  using T = Compute<S>;
   static constexpr int kElements = kPackElements<S>;
-  static constexpr int kPart = sizeof(S) == 8 ? 1 : 2;
 
   BatchNormGradientJob job;
   int64_t numel;
-  const InputGradientConstants<Compute<S>>* of_channel;
+  const InputGradientConstants<T>* of_channel;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
-    using T = Compute<S>;
-    constexpr int N = kChunkElements<S, kAligned>;
     ChannelWalk<InputGradientConstants<T>, kElements, kMixed> walk(job.view, of_channel, first);
     unsigned bits = load_mask<kElements, kAligned>(job.mask, first, elements_left<kElements>(first, numel));
-#pragma unroll 1
-    for (int at = 0; at < kElements; at += N) {
-      Vector<S, N> g = load_vector<N, kAligned>(static_cast<const S*>(job.grad_output), first + at, numel);
-      Vector<S, N> x = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, numel);
-#pragma unroll 1
-      for (int part = 0; part < N; part += kPart) {
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
+    map_pack<S, kElements, kNormalisedPart<S>, kAligned>(
+        {job.grad_output, job.input}, job.grad_input, first, numel, [&](T g, T x) {
           const InputGradientConstants<T>& c = walk.next();
-          const T passing = (bits & 1u) != 0 ? widen(g[i]) : T(0);
+          const T passing = (bits & 1u) != 0 ? g : T(0);
           bits >>= 1;
-          g[i] = narrow<S>(input_gradient(passing, widen(x[i]), c.mean, c.factor, c.slope, c.constant));
-        }
-        rotate<kPart>(g);
-        rotate<kPart>(x);
-      }
-      store_vector<N, kAligned>(static_cast<S*>(job.grad_input), first + at, numel, g);
-    }
+          return input_gradient(passing, x, c.mean, c.factor, c.slope, c.constant);
+        });
   }
 };
 

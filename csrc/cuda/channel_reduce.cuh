@@ -179,10 +179,6 @@ struct ByRow {
   }
 };
 
-// By column, what a thread reads before it waits.
-template <class Term>
-constexpr int kRowsInFlight = sizeof(typename Term::Storage) == 8 ? 2 : 4;
-
 struct ByColumn {
   template <class Term>
   static __device__ __forceinline__ typename Term::Value reduce(const Term& term, const ReductionPlan& plan,
@@ -200,7 +196,8 @@ struct ByColumn {
     Value total = Term::none();
     if (row < rows && column < columns) {
       const auto common = term.at(tile * plan.tile_channels + of_tile / inner);
-#pragma unroll kRowsInFlight < Term>
+      [[maybe_unused]] constexpr int kInFlight = sizeof(typename Term::Storage) == 8 ? 2 : 4;
+#pragma unroll kInFlight
       for (int64_t o = slice * plan.slice_length + row; o < end; o += rows) {
         term.template add<1>(total, common, o * columns + column, 1);
       }

@@ -82,47 +82,34 @@ struct StoreMean {
 // One bit.
 template <class S, bool kAligned>
 struct DoReFaSign {
+  using T = Compute<S>;
   static constexpr int kElements = kAccessElements<S>;
 
   DoReFaWeightJob job;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
-    constexpr int N = kChunkElements<S, kAligned>;
-    using T = Compute<S>;
     const T mean = *static_cast<const T*>(job.statistic);
-#pragma unroll 1
-    for (int at = 0; at < kElements; at += N) {
-      Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
-#pragma unroll
-      for (int i = 0; i < N; ++i) w[i] = narrow<S>(dorefa_sign_element(widen(w[i]), mean, T(0)));
-      store_vector<N, kAligned>(static_cast<S*>(job.output), first + at, job.numel, w);
-    }
+    map_pack<S, kElements, kChunkElements<S, kAligned>, kAligned>(
+        {job.input}, job.output, first, job.numel, [&](T w) { return dorefa_sign_element(w, mean, T(0)); });
   }
 };
 
 // Two bits and more.
 template <class S, bool kAligned>
 struct DoReFaWeight {
+  using T = Compute<S>;
   static constexpr int kElements = kAccessElements<S>;
 
   DoReFaWeightJob job;
-  Levels<Compute<S>> levels;
+  Levels<T> levels;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
-    constexpr int N = kChunkElements<S, kAligned>;
-    using T = Compute<S>;
     const T largest = *static_cast<const T*>(job.statistic);
     const T twice_largest = T(2) * largest;
-#pragma unroll 1
-    for (int at = 0; at < kElements; at += N) {
-      Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.input), first + at, job.numel);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const T quantized = dorefa_weight_element<kReciprocal>(widen(w[i]), twice_largest, levels, T(1), T(0.5));
-        w[i] = narrow<S>(largest == T(0) ? T(0) : quantized);
-      }
-      store_vector<N, kAligned>(static_cast<S*>(job.output), first + at, job.numel, w);
-    }
+    map_pack<S, kElements, kChunkElements<S, kAligned>, kAligned>({job.input}, job.output, first, job.numel, [&](T w) {
+      const T quantized = dorefa_weight_element<kReciprocal>(w, twice_largest, levels, T(1), T(0.5));
+      return largest == T(0) ? T(0) : quantized;
+    });
   }
 };
 
@@ -183,35 +170,21 @@ struct StoreThroughLargest {
 
 template <class S, bool kAligned>
 struct DoReFaWeightGradient {
+  using T = Compute<S>;
   static constexpr int kElements = kAccessElements<S>;
   static constexpr int kPart = sizeof(S) == 8 ? 1 : 2;  // elements computed at a time, for the registers
 
   DoReFaWeightGradientJob job;
-  const Compute<S>* through_largest;
+  const T* through_largest;
 
   __device__ __forceinline__ void operator()(int64_t first) const {
-    constexpr int N = kChunkElements<S, kAligned>;
-    using T = Compute<S>;
     const T largest = *static_cast<const T*>(job.statistic);
     const T through = *through_largest;
-#pragma unroll 1
-    for (int at = 0; at < kElements; at += N) {
-      Vector<S, N> g = load_vector<N, kAligned>(static_cast<const S*>(job.grad_output), first + at, job.numel);
-      Vector<S, N> w = load_vector<N, kAligned>(static_cast<const S*>(job.weight), first + at, job.numel);
-#pragma unroll 1
-      for (int part = 0; part < N; part += kPart) {
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-          // All weights zero: the quotient is the constant 0.
-          const T t = hyperbolic_tangent(widen(w[i]));
-          const T exact = dorefa_weight_gradient(widen(g[i]), t, largest, through, T(1), T(0));
-          g[i] = narrow<S>(largest == T(0) ? T(0) : exact);
-        }
-        rotate<kPart>(g);
-        rotate<kPart>(w);
-      }
-      store_vector<N, kAligned>(static_cast<S*>(job.grad_input), first + at, job.numel, g);
-    }
+    map_pack<S, kElements, kPart, kAligned>(
+        {job.grad_output, job.weight}, job.grad_input, first, job.numel, [&](T g, T w) {
+          const T exact = dorefa_weight_gradient(g, hyperbolic_tangent(w), largest, through, T(1), T(0));
+          return largest == T(0) ? T(0) : exact;  // of weights that are zero the quotient is the constant 0
+        });
   }
 };
 

@@ -116,9 +116,7 @@ bool go_together(const CurrentJob& a, const CurrentJob& b) {
 }
 bool go_together(const StraightThroughJob& a, const StraightThroughJob& b) { return a.element_size == b.element_size; }
 
-unsigned blocks_of_packs(int64_t numel, int64_t pack) {
-  return static_cast<unsigned>((numel + pack * kBlockThreads - 1) / (pack * kBlockThreads));
-}
+int64_t blocks_of_packs(int64_t numel, int64_t pack) { return ceil_divide(numel, pack * kBlockThreads); }
 
 CurrentItem item_of(const CurrentJob& job) {
   const AffineJob& q = job.quantization;
@@ -128,44 +126,36 @@ GradientItem item_of(const StraightThroughJob& job) {
   return {job.grad_output, job.mask, job.grad_input, job.numel, 0};
 }
 
-// launch_items(items, blocks), with blocks_of(item) for each.
-template <class Item, class BlocksOf, class Launch>
-cudaError_t launch_items(Items<Item> items, const BlocksOf& blocks_of, const Launch& launch_blocks) {
+// Launches kernel(items, arguments...), with blocks_of(item) for each.
+template <class Item, class BlocksOf, class... Arguments>
+cudaError_t launch_items(void (*kernel)(Items<Item>, Arguments...), Items<Item> items, const BlocksOf& blocks_of,
+                         Stream stream, Arguments... arguments) {
   unsigned blocks = 0;
   for (int i = 0; i < items.count; ++i) {
     items.item[i].first_block = blocks;
-    blocks += blocks_of(items.item[i]);
+    blocks += static_cast<unsigned>(blocks_of(items.item[i]));
   }
-  return launch_blocks(items, blocks);
+  return launch(kernel, blocks, kBlockThreads, stream, items, arguments...);
 }
 
 cudaError_t launch_together(const CurrentJob& first, const Items<CurrentItem>& items, Stream stream) {
   const AffineJob& q = first.quantization;
   return dispatch_storage(q.dtype, [&](auto storage) {
     using S = decltype(storage);
-    const cudaError_t error = launch_items(
-        items, [](const CurrentItem& item) { return static_cast<unsigned>(item.view.channels); },
-        [&](const Items<CurrentItem>& placed, unsigned blocks) {
-          return launch(current_ranges_kernel<S>, blocks, kBlockThreads, stream, placed);
-        });
+    const auto channels = [](const CurrentItem& item) { return item.view.channels; };
+    const cudaError_t error = launch_items(current_ranges_kernel<S>, items, channels, stream);
     if (error != cudaSuccess) return error;
-    return launch_items(
-        items, [](const CurrentItem& item) { return blocks_of_packs(item.view.numel(), kPackElements<S>); },
-        [&](const Items<CurrentItem>& placed, unsigned blocks) {
-          const CurrentGrid grid = {q.quant_min, q.quant_max, q.symmetric};
-          return launch(current_quantize_kernel<S>, blocks, kBlockThreads, stream, placed, grid);
-        });
+    const auto blocks = [](const CurrentItem& item) { return blocks_of_packs(item.view.numel(), kPackElements<S>); };
+    const CurrentGrid grid = {q.quant_min, q.quant_max, q.symmetric};
+    return launch_items(current_quantize_kernel<S>, items, blocks, stream, grid);
   });
 }
 
 cudaError_t launch_together(const StraightThroughJob& first, const Items<GradientItem>& items, Stream stream) {
   return dispatch_size(first.element_size, [&](auto bits) {
     using U = decltype(bits);
-    return launch_items(
-        items, [](const GradientItem& item) { return blocks_of_packs(item.numel, kPackElements<U>); },
-        [&](const Items<GradientItem>& placed, unsigned blocks) {
-          return launch(straight_through_each_kernel<U>, blocks, kBlockThreads, stream, placed);
-        });
+    const auto blocks = [](const GradientItem& item) { return blocks_of_packs(item.numel, kPackElements<U>); };
+    return launch_items(straight_through_each_kernel<U>, items, blocks, stream);
   });
 }
 

@@ -124,6 +124,36 @@ __device__ __forceinline__ void quantize_pack(const S* input, S* output, uint8_t
 template <class S, bool kAligned>
 constexpr int kChunkElements = kAligned ? kAccessElements<S> : 2;
 
+// One pack without a mask: output = f(an element of each of the one or two inputs), for the elements in their order.
+// Chunks and parts as above.
+template <class S, int kElements, int kPart, bool kAligned, int inputs, class F>
+__device__ __forceinline__ void map_pack(const void* const (&input)[inputs], void* output, int64_t first, int64_t numel,
+                                         const F& f) {
+  constexpr int N = kChunkElements<S, kAligned>;
+#pragma unroll 1
+  for (int at = 0; at < kElements; at += N) {
+    Vector<S, N> x[inputs];
+#pragma unroll
+    for (int j = 0; j < inputs; ++j) {
+      x[j] = load_vector<N, kAligned>(static_cast<const S*>(input[j]), first + at, numel);
+    }
+#pragma unroll 1
+    for (int part = 0; part < N; part += kPart) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) {
+        if constexpr (inputs == 1) {
+          x[0][i] = narrow<S>(f(widen(x[0][i])));
+        } else {
+          x[0][i] = narrow<S>(f(widen(x[0][i]), widen(x[1][i])));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < inputs; ++j) rotate<kPart>(x[j]);
+    }
+    store_vector<N, kAligned>(static_cast<S*>(output), first + at, numel, x[0]);
+  }
+}
+
 // body(first element of a pack) for the packs of N elements of this thread.
 template <int N, class Body>
 __device__ __forceinline__ void for_each_pack(int64_t numel, const Body& body) {

@@ -133,7 +133,7 @@ __global__ void uninitialised_shared_memory(const float* x, float* y) {
 }
 
 template <bool kBroken>
-__global__ void shuffle_outside_mask(const float* x, float* y) {
+__global__ void shuffle_outside_mask(const unsigned* x, unsigned* y) {
   if (threadIdx.x >= 16) return;
   y[threadIdx.x] = __shfl_xor_sync(0xffffu, x[threadIdx.x], kBroken ? 16 : 8);
 }
@@ -151,8 +151,9 @@ __global__ void deadlock(unsigned* y) {
 
 template <bool kBroken>
 __global__ void mismatched_collectives(unsigned* y) {
+  y[threadIdx.x] = ~0u;
   if (kBroken && threadIdx.x < 16) {
-    y[threadIdx.x] = static_cast<unsigned>(__any_sync(kAllLanes, 1));
+    __syncwarp();
   } else {
     y[threadIdx.x] = __ballot_sync(kAllLanes, 1);
   }

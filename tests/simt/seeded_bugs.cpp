@@ -23,9 +23,10 @@ Outcome judge(cudaError_t error, bool right) {
   return right ? Outcome::kRight : Outcome::kWrong;
 }
 
-std::vector<float> ramp(int size) {
-  std::vector<float> values(size);
-  for (int i = 0; i < size; ++i) values[i] = static_cast<float>(i + 1);
+template <class T = float>
+std::vector<T> ramp(int size) {
+  std::vector<T> values(size);
+  for (int i = 0; i < size; ++i) values[i] = static_cast<T>(i + 1);
   return values;
 }
 
@@ -134,8 +135,8 @@ Outcome run_uninitialised_shared_memory() {
 
 template <bool kBroken>
 Outcome run_shuffle_outside_mask() {
-  const std::vector<float> x = ramp(32);
-  std::vector<float> y(16);
+  const std::vector<unsigned> x = ramp<unsigned>(32);
+  std::vector<unsigned> y(16);
   const cudaError_t error = launch(shuffle_outside_mask<kBroken>, 1, 32, nullptr, x.data(), y.data());
   return judge(error, y[0] == 9 && y[15] == 8);
 }

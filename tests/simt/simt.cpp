@@ -10,7 +10,6 @@
 
 #include "fiber.h"
 #include "kernel_error.h"
-#include "meeting.h"
 #include "shared_arena.h"
 
 #if defined(QK_SIMT_TSAN)
@@ -62,12 +61,35 @@ class Random {
 struct Barrier {
   unsigned arrived = 0;
   unsigned generation = 0;
-  int sum = 0;     // of the predicates that have arrived
-  int result = 0;  // of the last generation
   Site site{};
   // One per parity of the generation: a thread that leaves late must not learn what early ones did after leaving.
   SyncObject sync[2];
 };
+
+constexpr unsigned kWarpLanes = 32;
+
+// Lanes waiting for each other in a warp collective.
+struct Meeting {
+  unsigned mask;
+  unsigned arrived;
+  Collective operation;
+  Site site;
+  unsigned sync;
+  uint32_t value[kWarpLanes];
+  unsigned char source[kWarpLanes];
+};
+
+// CUDA's name.
+const char* name_of(Collective operation) {
+  switch (operation) {
+    case Collective::kBallot:
+      return "__ballot_sync";
+    case Collective::kShuffleXor:
+      return "__shfl_xor_sync";
+    default:
+      return "__syncwarp";
+  }
+}
 
 struct Thread;
 
@@ -101,7 +123,7 @@ struct Thread {
   unsigned lane;
   State state;
   Fiber* fiber;
-  uint64_t result;  // of the last collective
+  uint32_t result;  // of the last collective
 
 #if defined(QK_SIMT_TSAN)
   static constexpr int kMaxObserved = 16;
@@ -122,9 +144,9 @@ class Scheduler {
   Thread& current() { return *current_; }
   [[noreturn]] void fail(const Message& message);
 
-  int wait_at_block_barrier(int predicate, Site site);
+  void wait_at_block_barrier(Site site);
   void wait_at_grid_barrier(Site site);
-  uint64_t meet(Collective operation, unsigned bytes, unsigned mask, uint64_t value, unsigned source, Site site);
+  uint32_t meet(Collective operation, unsigned mask, uint32_t value, unsigned source, Site site);
   void* shared_memory(const SharedArray& array) { return current().block->shared->find_or_add(array); }
   void fence();
   void before_atomic(void* address);
@@ -150,9 +172,9 @@ class Scheduler {
   void maybe_preempt();
 
   Meeting* find_meeting(Warp& warp, unsigned mask);
-  Meeting& open_meeting(Warp& warp, unsigned mask, Collective operation, unsigned bytes, Site site);
+  Meeting& open_meeting(Warp& warp, unsigned mask, Collective operation, Site site);
   void complete(Warp& warp, Meeting& meeting);
-  bool arrive(Barrier& barrier, unsigned expected, int predicate, Site site, const char* name);
+  bool arrive(Barrier& barrier, unsigned expected, Site site, const char* name);
   Message describe_deadlock() const;
 
   std::mutex launching_;
@@ -474,23 +496,20 @@ void Scheduler::maybe_preempt() {
 }
 
 // Counts the calling thread in; true for the last one.
-bool Scheduler::arrive(Barrier& barrier, unsigned expected, int predicate, Site site, const char* name) {
+bool Scheduler::arrive(Barrier& barrier, unsigned expected, Site site, const char* name) {
   if (barrier.arrived == 0) {
     barrier.site = site;
-    barrier.sum = 0;
   } else if (barrier.site.line != site.line || std::strcmp(barrier.site.file, site.file) != 0) {
     fail({"%s at %s:%d while other threads wait at another one, %s:%d", name, file_name(site), site.line,
           file_name(barrier.site), barrier.site.line});
   }
-  barrier.sum += predicate;
   if (++barrier.arrived < expected) return false;
   barrier.arrived = 0;
-  barrier.result = barrier.sum;
   ++barrier.generation;
   return true;
 }
 
-int Scheduler::wait_at_block_barrier(int predicate, Site site) {
+void Scheduler::wait_at_block_barrier(Site site) {
   Block& block = *current().block;
   if (block.live < block_threads_) {
     fail({"__syncthreads at %s:%d after %u thread(s) of the block exited", file_name(site), site.line,
@@ -499,14 +518,13 @@ int Scheduler::wait_at_block_barrier(int predicate, Site site) {
   Barrier& barrier = block.barrier;
   SyncObject& sync = barrier.sync[barrier.generation % 2];
   release(sync);
-  if (arrive(barrier, block_threads_, predicate, site, "__syncthreads")) {
+  if (arrive(barrier, block_threads_, site, "__syncthreads")) {
     enqueue_in_order(block.threads, block_threads_, State::kAtBlockBarrier);
     maybe_preempt();
   } else {
     suspend(State::kAtBlockBarrier);
   }
   acquire(sync);
-  return barrier.result;
 }
 
 void Scheduler::wait_at_grid_barrier(Site site) {
@@ -519,7 +537,7 @@ void Scheduler::wait_at_grid_barrier(Site site) {
   }
   SyncObject& sync = grid_barrier_.sync[grid_barrier_.generation % 2];
   release(sync);
-  if (arrive(grid_barrier_, static_cast<unsigned>(threads_.size()), 0, site, "grid_sync")) {
+  if (arrive(grid_barrier_, static_cast<unsigned>(threads_.size()), site, "grid_sync")) {
     enqueue_in_order(threads_.data(), threads_.size(), State::kAtGridBarrier);
     maybe_preempt();
   } else {
@@ -536,14 +554,13 @@ Meeting* Scheduler::find_meeting(Warp& warp, unsigned mask) {
   return nullptr;
 }
 
-Meeting& Scheduler::open_meeting(Warp& warp, unsigned mask, Collective operation, unsigned bytes, Site site) {
+Meeting& Scheduler::open_meeting(Warp& warp, unsigned mask, Collective operation, Site site) {
   const int slot = __builtin_ctz(~warp.active_meetings);
   warp.active_meetings |= 1u << slot;
   Meeting& meeting = warp.meetings[slot];
   meeting.mask = mask;
   meeting.arrived = 0;
   meeting.operation = operation;
-  meeting.bytes = bytes;
   meeting.site = site;
   meeting.sync = warp.next_sync++ % std::size(warp.sync);
   return meeting;
@@ -551,12 +568,15 @@ Meeting& Scheduler::open_meeting(Warp& warp, unsigned mask, Collective operation
 
 // Hands every lane its result, and makes the waiting ones ready.
 void Scheduler::complete(Warp& warp, Meeting& meeting) {
-  const uint32_t shared_result = is_shuffle(meeting.operation) ? 0 : reduce(meeting);
+  uint32_t ballot = 0;
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+    if (meeting.arrived >> lane & 1) ballot |= meeting.value[lane] << lane;
+  }
   for (unsigned i = 0; i < kWarpLanes; ++i) {
     const unsigned lane = config().order == Order::kReverse ? kWarpLanes - 1 - i : i;
     if (!(meeting.arrived >> lane & 1)) continue;
     Thread& thread = warp.threads[lane];
-    thread.result = is_shuffle(meeting.operation) ? meeting.value[meeting.source[lane]] : shared_result;
+    thread.result = meeting.operation == Collective::kShuffleXor ? meeting.value[meeting.source[lane]] : ballot;
     if (&thread == current_) continue;
     thread.state = State::kReady;
     enqueue(thread);
@@ -564,8 +584,7 @@ void Scheduler::complete(Warp& warp, Meeting& meeting) {
   warp.active_meetings &= ~(1u << (&meeting - warp.meetings));
 }
 
-uint64_t Scheduler::meet(Collective operation, unsigned bytes, unsigned mask, uint64_t value, unsigned source,
-                         Site site) {
+uint32_t Scheduler::meet(Collective operation, unsigned mask, uint32_t value, unsigned source, Site site) {
   Thread& self = current();
   Warp& warp = *self.warp;
   const char* name = name_of(operation);
@@ -577,12 +596,12 @@ uint64_t Scheduler::meet(Collective operation, unsigned bytes, unsigned mask, ui
     fail({"%s at %s:%d with mask 0x%08x, whose lanes 0x%08x have exited", name, file_name(site), site.line, mask,
           members & warp.exited});
   }
-  if (is_shuffle(operation) && !(members >> source & 1)) {
+  if (operation == Collective::kShuffleXor && !(members >> source & 1)) {
     fail({"%s at %s:%d from lane %u, which is not in mask 0x%08x", name, file_name(site), site.line, source, members});
   }
   Meeting* meeting = find_meeting(warp, mask);
-  if (meeting == nullptr) meeting = &open_meeting(warp, mask, operation, bytes, site);
-  if (meeting->operation != operation || meeting->bytes != bytes) {
+  if (meeting == nullptr) meeting = &open_meeting(warp, mask, operation, site);
+  if (meeting->operation != operation) {
     fail({"%s at %s:%d meets another collective of mask 0x%08x, %s at %s:%d", name, file_name(site), site.line, mask,
           name_of(meeting->operation), file_name(meeting->site), meeting->site.line});
   }
@@ -651,19 +670,16 @@ Scheduler& scheduler_in_kernel(const char* what) {
   return scheduler();
 }
 
-uint64_t collective(Collective operation, unsigned bytes, unsigned mask, uint64_t value, unsigned source, Site site) {
-  return scheduler_in_kernel("a warp collective").meet(operation, bytes, mask, value, source, site);
+uint32_t collective(Collective operation, unsigned mask, uint32_t value, unsigned source, Site site) {
+  return scheduler_in_kernel("a warp collective").meet(operation, mask, value, source, site);
 }
 unsigned lane() { return scheduler_in_kernel("a warp collective").current().lane; }
-int block_barrier(int predicate, Site site) {
-  return scheduler_in_kernel("__syncthreads").wait_at_block_barrier(predicate, site);
-}
+void block_barrier(Site site) { scheduler_in_kernel("__syncthreads").wait_at_block_barrier(site); }
 void grid_barrier(Site site) { scheduler_in_kernel("grid_sync").wait_at_grid_barrier(site); }
 void thread_fence() { scheduler_in_kernel("__threadfence").fence(); }
 void before_atomic(const void* address) { scheduler_in_kernel("an atomic").before_atomic(const_cast<void*>(address)); }
 void after_atomic(const void* address) { scheduler_in_kernel("an atomic").after_atomic(const_cast<void*>(address)); }
 void* shared_memory(const SharedArray& array) { return scheduler_in_kernel("shared memory").shared_memory(array); }
-void trap() { scheduler_in_kernel("__trap").fail("__trap"); }
 
 void fail(const Message& message) { scheduler().fail(message); }
 SharedArena* current_arena() { return scheduler().running() ? scheduler().current().block->shared : nullptr; }

@@ -51,32 +51,14 @@ struct Site {
 // Runs body(arguments) once per CUDA thread. Throws Error.
 void run_grid(dim3 grid, dim3 block, bool cooperative, void (*body)(void*), void* arguments);
 
-enum class Collective : uint8_t {
-  kBallot,
-  kAny,
-  kAll,
-  kShuffleIndex,
-  kShuffleUp,
-  kShuffleDown,
-  kShuffleXor,
-  kReduceAdd,
-  kReduceMin,
-  kReduceMax,
-  kReduceMinSigned,
-  kReduceMaxSigned,
-  kReduceAnd,
-  kReduceOr,
-  kReduceXor,
-  kSyncWarp,
-};
+enum class Collective : uint8_t { kBallot, kShuffleXor, kSyncWarp };
 
-// Waits for all lanes of `mask` to arrive with the same operation on `bytes`-byte values, and returns the calling
-// lane's result. `source` is the lane whose value a shuffle returns.
-uint64_t collective(Collective operation, unsigned bytes, unsigned mask, uint64_t value, unsigned source, Site site);
+// Waits for all lanes of `mask` to arrive with the same operation, and returns the calling lane's result. `source` is
+// the lane whose value a shuffle returns.
+uint32_t collective(Collective operation, unsigned mask, uint32_t value, unsigned source, Site site);
 unsigned lane();
 
-// The block's barrier; returns the sum of `predicate` over the block.
-int block_barrier(int predicate, Site site);
+void block_barrier(Site site);
 void grid_barrier(Site site);
 inline void grid_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { grid_barrier({file, line}); }
 
@@ -85,22 +67,12 @@ void thread_fence();
 void before_atomic(const void* address);
 void after_atomic(const void* address);
 
-[[noreturn]] void trap();
-
 // A shared array of the kernel; its address identifies it.
 struct SharedArray {
   const char* name;
   size_t bytes;
 };
 void* shared_memory(const SharedArray& array);
-
-template <class To, class From>
-To reinterpret_bits(From from) {
-  static_assert(std::is_trivially_copyable_v<From> && std::is_trivially_copyable_v<To>);
-  To to{};
-  std::memcpy(&to, &from, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
-  return to;
-}
 
 }  // namespace qk::simt
 

@@ -32,7 +32,7 @@ _COMMON = (
     f"-I{REPOSITORY / 'csrc'}",
 )
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
-_EMULATOR = ("simt.cpp", "meeting.cpp", "fiber.cpp", "shared_arena.cpp", "runtime_api.cpp")
+_EMULATOR = ("simt.cpp", "fiber.cpp", "shared_arena.cpp", "runtime_api.cpp")
 KERNELS = tuple(sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu")))
 _CPU_ONLY = ("levels.cpp", "library.cpp")
 _OPERATORS = tuple(s for s in sorted((REPOSITORY / "csrc" / "ops").glob("*.cpp")) if s.name not in _CPU_ONLY)
