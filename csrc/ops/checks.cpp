@@ -29,15 +29,6 @@ std::string dtype_name(int32_t dtype) {
   return "another dtype";
 }
 
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  const int64_t* const sizes = tensor.sizes();
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
-  text << ']';
-  return text.str();
-}
-
 void check_same_device(const char* op, const char* argument, const Tensor& tensor, const Tensor& input) {
   const int32_t type = tensor.device_type();
   const bool same_type = type == input.device_type();
@@ -64,44 +55,10 @@ int32_t statistics_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-std::optional<int64_t> check_axis(const char* op, const Tensor& input, std::optional<int64_t> axis, const char* name) {
-  if (!axis.has_value()) return axis;
-  const int64_t dims = input.dim();
-  if (*axis < -dims || *axis >= dims) {
-    fail(op, "axis", "an axis of `", name, "` with ", dims, " dimensions, but got ", *axis);
-  }
-  return *axis < 0 ? *axis + dims : *axis;
-}
-
-void check_per_channel(const char* op, const char* argument, const Tensor& tensor, int64_t channels) {
-  if (tensor.dim() > 1 || tensor.numel() != channels) {
-    fail(op, argument, "of shape [", channels, "], but got ", shape_text(tensor));
-  }
-}
-
-void check_range(const char* op, const char* argument, const Tensor& range, int64_t channels) {
-  if (range.numel() != 2 * channels || range.dim() == 0 || range.sizes()[0] != 2) {
-    fail(op, argument, "of shape [2, ", channels, "] or, per tensor, [2], but got ", shape_text(range));
-  }
-}
-
 void check_numbers(const char* op, double scale, int64_t zero_point, int64_t quant_min, int64_t quant_max) {
   if (!(scale > 0.0 && scale < INFINITY)) fail(op, "scale", "a positive finite number or a tensor, but got ", scale);
   if (zero_point < quant_min || zero_point > quant_max) {
     fail(op, "zero_point", "from quant_min = ", quant_min, " to quant_max = ", quant_max, ", but got ", zero_point);
-  }
-}
-
-void check_same_shape(const char* op, const char* argument, const Tensor& tensor, const Tensor& like) {
-  if (!tensor.has_shape_of(like)) {
-    fail(op, argument, "of shape ", shape_text(like), ", but got ", shape_text(tensor));
-  }
-}
-
-void check_mask(const char* op, const Tensor& mask, const Tensor& like) {
-  const int64_t bytes = mask_bytes(like);
-  if (mask.dim() != 1 || mask.numel() != bytes) {
-    fail(op, "mask", "of shape [", bytes, "], but got ", shape_text(mask));
   }
 }
 

@@ -185,7 +185,7 @@ std::tuple<Tensors, Tensor> fake_quantize_current_each(const Tensors& inputs, in
     outputs.push_back(empty_in_layout(inputs[i], layout));
     if (source.numel() == 0) continue;
     CurrentJob job{};
-    job.quantization = affine_job(source, layout, dtypes[i], q, axes[i]);
+    job.quantization = q.job(dtypes[i], source.const_data_ptr(), view_around(source, layout, axes[i]));
     job.quantization.output = outputs[i].mutable_data_ptr();
     job.quantization.mask = bits;
     bits += mask_bytes(source);

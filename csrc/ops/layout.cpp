@@ -4,6 +4,8 @@
 #include <array>
 #include <stdexcept>
 
+#include "../checks.h"
+
 namespace qk::ops {
 namespace {
 

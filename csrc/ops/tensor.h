@@ -46,6 +46,7 @@ class Tensor {
   int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
   // [dim]
   const int64_t* sizes() const { return ask<int64_t*>(aoti_torch_get_sizes); }
+  int64_t size(int64_t d) const { return sizes()[d]; }
   const int64_t* strides() const { return ask<int64_t*>(aoti_torch_get_strides); }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
   bool has_shape_of(const Tensor& other) const {
@@ -94,9 +95,6 @@ inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   return empty_strided(like, &size, &stride, 1, dtype);
 }
-
-// Of a mask with one bit for each element.
-inline int64_t mask_bytes(const Tensor& tensor) { return (tensor.numel() + 7) / 8; }
 
 inline void copy_into(const Tensor& target, const Tensor& source) {
   check_torch(aoti_torch_copy_(target.get(), source.get(), 0));

@@ -29,9 +29,7 @@ class DoReFaWeightBackward {
   void compute(const Context& context) const {
     constexpr const char* kOp = "dorefa_weight_backward";
     const Tensor grad_output = context.input(0), weight = context.input(1), statistic = context.input(2);
-    if (grad_output.shape() != weight.shape()) {
-      fail(kOp, "grad_output", "of shape ", shape_text(weight), ", but got ", shape_text(grad_output));
-    }
+    check_same_shape(kOp, "grad_output", grad_output, weight);
     if (statistic.numel() != 1) fail(kOp, "statistic", "of one element, but got ", shape_text(statistic));
     const Tensor grad_input = context.output_like(0, weight);
     cpu::run(DoReFaWeightGradientJob{dtype_of(weight), grad_output.data(), weight.data(), statistic.data(),
@@ -59,7 +57,7 @@ class DoReFaActivation {
 };
 
 void check_rng_state(const char* op, const Tensor& rng_state) {
-  if (rng_state.rank() != 1 || rng_state.numel() != 2) {
+  if (rng_state.dim() != 1 || rng_state.numel() != 2) {
     fail(op, "rng_state", "of shape [2], but got ", shape_text(rng_state));
   }
 }
@@ -90,7 +88,7 @@ class DoReFaGradientBackward {
     job.dtype = dtype_of(grad_output);
     job.grad_output = grad_output.data();
     job.grad_input = grad_input.data();
-    job.samples = grad_output.rank() > 0 ? grad_output.size(0) : 1;
+    job.samples = grad_output.dim() > 0 ? grad_output.size(0) : 1;
     job.inner = job.samples > 0 ? grad_output.numel() / job.samples : 0;
     job.bits = bits_;
     job.rng_state = state;

@@ -9,139 +9,96 @@
 namespace qk::tensorflow {
 namespace {
 
-// The grid, the channels that have one each, and the activation in front.
-struct Quantization {
+// What operators are told of the quantization, and the axis of the channels that have a grid each.
+struct Asked {
   const char* op;
-  int64_t quant_min, quant_max;
-  bool symmetric = false;
+  Quantization quantization;
   std::optional<int64_t> axis;
-  double low = -INFINITY, high = INFINITY;
 
-  Quantization(const char* op, const Attributes& attributes)
+  Asked(const char* op, const Attributes& attributes, bool has_symmetric, bool has_bounds)
       : op(op),
-        quant_min(attributes.integer("quant_min")),
-        quant_max(attributes.integer("quant_max")),
+        quantization(attributes.integer("quant_min"), attributes.integer("quant_max"),
+                     has_symmetric && attributes.boolean("symmetric"), std::nullopt, std::nullopt),
         axis(attributes.optional_integer(op, "axis")) {
-    check_grid(op, quant_min, quant_max);
-  }
-
-  void read_symmetric(const Attributes& attributes) {
-    symmetric = attributes.boolean("symmetric");
-    if (symmetric) check_symmetric_grid(op, quant_min, quant_max);
-  }
-
-  void read_bounds(const Attributes& attributes) {
-    low = attributes.real("low");
-    high = attributes.real("high");
-    check_bounds(op, low, high);
-  }
-
-  ChannelView view_of(const Tensor& input) const {
-    if (!axis.has_value()) return {1, 1, input.numel()};
-    const int64_t rank = input.rank();
-    if (*axis < -rank || *axis >= rank) {
-      fail(op, "axis", "an axis of `input` with ", rank, " dimensions, but got ", *axis);
+    if (has_bounds) {
+      quantization.low = attributes.real("low");
+      quantization.high = attributes.real("high");
     }
-    const int64_t place = *axis < 0 ? *axis + rank : *axis;
-    ChannelView view{1, input.size(place), 1};
-    for (int64_t i = 0; i < place; ++i) view.outer *= input.size(i);
-    for (int64_t i = place + 1; i < rank; ++i) view.inner *= input.size(i);
-    return view;
+    quantization.check(op);
   }
 
-  // All but where the grid comes from and where the results go.
   AffineJob job(const Tensor& input) const {
-    AffineJob job{};
-    job.dtype = dtype_of(input);
-    job.input = input.data();
-    job.view = view_of(input);
-    job.symmetric = symmetric;
-    job.quant_min = static_cast<int32_t>(quant_min);
-    job.quant_max = static_cast<int32_t>(quant_max);
-    job.low = low;
-    job.high = high;
-    return job;
+    ChannelView view{1, 1, input.numel()};
+    if (const auto place = check_axis(op, input, axis); place.has_value()) {
+      view = {1, input.size(*place), 1};
+      for (int64_t i = 0; i < *place; ++i) view.outer *= input.size(i);
+      for (int64_t i = *place + 1; i < input.dim(); ++i) view.inner *= input.size(i);
+    }
+    return quantization.job(dtype_of(input), input.data(), view);
   }
 };
 
-void check_per_channel(const char* op, const char* argument, const Tensor& tensor, int64_t channels) {
-  if (tensor.rank() > 1 || tensor.numel() != channels) {
-    fail(op, argument, "of shape [", channels, "], but got ", shape_text(tensor));
-  }
+// Allocates the output and the mask.
+AffineJob with_results(const Context& context, const Tensor& input, AffineJob job) {
+  job.output = context.output_like(0, input).data();
+  job.mask = context.mask(1, input).data<uint8_t>();
+  return job;
 }
-
-void check_range(const char* op, const char* argument, const Tensor& range, int64_t channels) {
-  if (range.numel() != 2 * channels || range.rank() == 0 || range.size(0) != 2) {
-    fail(op, argument, "of shape [2, ", channels, "] or, per tensor, [2], but got ", shape_text(range));
-  }
-}
-
-// Allocates the output and the mask, and runs.
-void quantize(const Context& context, const Tensor& input, AffineJob job) {
-  const Tensor output = context.output_like(0, input);
-  const Tensor mask = context.mask(1, input);
-  job.output = output.data();
-  job.mask = mask.data<uint8_t>();
-  cpu::run(job, &parallel_for);
+void quantize(const Context& context, const Tensor& input, const AffineJob& job) {
+  cpu::run(with_results(context, input, job), &parallel_for);
 }
 
 class FakeQuantize {
  public:
-  explicit FakeQuantize(const Attributes& attributes) : quantization_("fake_quantize", attributes) {
-    quantization_.read_bounds(attributes);
-  }
+  explicit FakeQuantize(const Attributes& attributes) : asked_("fake_quantize", attributes, false, true) {}
 
   void compute(const Context& context) const {
-    const Quantization& q = quantization_;
+    const Quantization& q = asked_.quantization;
     const Tensor input = context.input(0), scale = context.input(1), zero_point = context.input(2);
-    AffineJob job = q.job(input);
-    check_per_channel(q.op, "scale", scale, job.view.channels);
-    check_per_channel(q.op, "zero_point", zero_point, job.view.channels);
-    check_zero_points(q.op, zero_point.data<int32_t>(), job.view.channels, q.quant_min, q.quant_max);
+    AffineJob job = asked_.job(input);
+    check_per_channel(asked_.op, "scale", scale, job.view.channels);
+    check_per_channel(asked_.op, "zero_point", zero_point, job.view.channels);
+    check_zero_points(asked_.op, zero_point.data<int32_t>(), job.view.channels, q.quant_min, q.quant_max);
     job.scale = scale.data<float>();
     job.zero_point = zero_point.data<int32_t>();
     quantize(context, input, job);
   }
 
  private:
-  Quantization quantization_;
+  Asked asked_;
 };
 
 class FakeQuantizeInRange {
  public:
-  explicit FakeQuantizeInRange(const Attributes& attributes) : quantization_("fake_quantize_in_range", attributes) {
-    quantization_.read_symmetric(attributes);
-    quantization_.read_bounds(attributes);
-  }
+  explicit FakeQuantizeInRange(const Attributes& attributes)
+      : asked_("fake_quantize_in_range", attributes, true, true) {}
 
   void compute(const Context& context) const {
     const Tensor input = context.input(0), range = context.input(1);
-    AffineJob job = quantization_.job(input);
-    check_range(quantization_.op, "range", range, job.view.channels);
+    AffineJob job = asked_.job(input);
+    check_range(asked_.op, "range", range, job.view.channels);
     job.range = range.data<float>();
     quantize(context, input, job);
   }
 
  private:
-  Quantization quantization_;
+  Asked asked_;
 };
 
 // A step of its own: quantizes with the range known before, and returns the range that this input has moved.
 class ObserveFakeQuantize {
  public:
   explicit ObserveFakeQuantize(const Attributes& attributes)
-      : quantization_("observe_fake_quantize", attributes),
+      : asked_("observe_fake_quantize", attributes, true, true),
         momentum_(attributes.real("momentum")),
         quant_start_step_(attributes.integer("quant_start_step")) {
-    quantization_.read_symmetric(attributes);
-    quantization_.read_bounds(attributes);
-    check_momentum(quantization_.op, "momentum", momentum_);
+    check_momentum(asked_.op, "momentum", momentum_);
   }
 
   void compute(const Context& context) const {
-    const char* const op = quantization_.op;
+    const char* const op = asked_.op;
     const Tensor input = context.input(0), range = context.input(1), step = context.input(2);
-    AffineJob job = quantization_.job(input);
+    AffineJob job = asked_.job(input);
     const int64_t channels = job.view.channels;
     check_range(op, "range", range, channels);
     if (step.numel() != 1) fail(op, "step", "of one element, but got ", shape_text(step));
@@ -159,7 +116,7 @@ class ObserveFakeQuantize {
   }
 
  private:
-  Quantization quantization_;
+  Asked asked_;
   float momentum_;
   int64_t quant_start_step_;
 };
@@ -167,24 +124,24 @@ class ObserveFakeQuantize {
 // With the range of the input itself; the input passes while `active` is (0, 0).
 class FakeQuantizeCurrent {
  public:
-  explicit FakeQuantizeCurrent(const Attributes& attributes) : quantization_("fake_quantize_current", attributes) {
-    quantization_.read_symmetric(attributes);
-  }
+  explicit FakeQuantizeCurrent(const Attributes& attributes)
+      : asked_("fake_quantize_current", attributes, true, false) {}
 
   void compute(const Context& context) const {
     const Tensor input = context.input(0), active = context.input(1);
-    AffineJob job = quantization_.job(input);
-    check_range(quantization_.op, "active", active, 1);
-    std::vector<float> range(static_cast<size_t>(2 * job.view.channels));
-    if (input.numel() > 0) {
-      cpu::run(RangeJob{job.dtype, job.input, job.view, active.data<float>(), range.data()}, &parallel_for);
-    }
-    job.range = range.data();
-    quantize(context, input, job);
+    check_range(asked_.op, "active", active, 1);
+    AffineJob quantization = with_results(context, input, asked_.job(input));
+    if (input.numel() == 0) return;
+    std::vector<float> range(static_cast<size_t>(2 * quantization.view.channels));
+    quantization.range = range.data();
+    const RangeJob of_input{quantization.dtype, quantization.input, quantization.view, active.data<float>(),
+                            range.data()};
+    const CurrentJob job{of_input, quantization};
+    cpu::run(CurrentJobs{&job, 1}, &parallel_for);
   }
 
  private:
-  Quantization quantization_;
+  Asked asked_;
 };
 
 class StraightThrough {
@@ -193,10 +150,7 @@ class StraightThrough {
 
   void compute(const Context& context) const {
     const Tensor grad_output = context.input(0), mask = context.input(1);
-    const int64_t bytes = (grad_output.numel() + 7) / 8;
-    if (mask.rank() != 1 || mask.numel() != bytes) {
-      fail("straight_through", "mask", "of shape [", bytes, "], but got ", shape_text(mask));
-    }
+    check_mask("straight_through", mask, grad_output);
     const Tensor grad_input = context.output_like(0, grad_output);
     cpu::run(StraightThroughJob{element_size(grad_output.type()), grad_output.data(), mask.data<uint8_t>(),
                                 grad_input.data(), grad_output.numel()},

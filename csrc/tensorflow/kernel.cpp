@@ -47,16 +47,8 @@ ShapeHandle shape_of(TF_ShapeInferenceContext* context, int like, TF_Status* sta
 
 std::vector<int64_t> Tensor::shape() const {
   std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < rank(); ++i) sizes.push_back(size(i));
+  for (int64_t i = 0; i < dim(); ++i) sizes.push_back(size(i));
   return sizes;
-}
-
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < tensor.rank(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
-  text << ']';
-  return text.str();
 }
 
 DType dtype_of(const Tensor& tensor) {

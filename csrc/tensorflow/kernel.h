@@ -48,15 +48,15 @@ class Tensor {
   const TF_Tensor* get() const { return tensor_; }
   TF_DataType type() const { return TF_TensorType(tensor_); }
   int64_t numel() const { return TF_TensorElementCount(tensor_); }
-  int64_t rank() const { return TF_NumDims(tensor_); }
-  int64_t size(int64_t dim) const { return TF_Dim(tensor_, static_cast<int>(dim)); }
+  int64_t dim() const { return TF_NumDims(tensor_); }
+  int64_t size(int64_t d) const { return TF_Dim(tensor_, static_cast<int>(d)); }
   std::vector<int64_t> shape() const;
+  bool has_shape_of(const Tensor& other) const { return shape() == other.shape(); }
 
  private:
   TF_Tensor* tensor_;
 };
 
-std::string shape_text(const Tensor& tensor);
 DType dtype_of(const Tensor& tensor);
 int64_t element_size(TF_DataType type);
 
@@ -69,7 +69,7 @@ class Context {
   Tensor output(int i, TF_DataType type, const std::vector<int64_t>& shape) const;
   Tensor output_like(int i, const Tensor& tensor) const { return output(i, tensor.type(), tensor.shape()); }
   // A bit per element of `tensor`.
-  Tensor mask(int i, const Tensor& tensor) const { return output(i, TF_UINT8, {(tensor.numel() + 7) / 8}); }
+  Tensor mask(int i, const Tensor& tensor) const { return output(i, TF_UINT8, {mask_bytes(tensor)}); }
   // Output i is `tensor` itself.
   void forward(int i, const Tensor& tensor) const;
 
