@@ -69,8 +69,14 @@ __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, 
 
 template <class S, class T = Compute<S>>
 __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid) {
-  return dispatch_mode<true>(grid.mode,
-                             [&](auto mode) { return quantize_element<decltype(mode)::value, S>(x, grid.constants); });
+  // Not dispatch_mode: with it ptxas branches for every element where it now has a loop for every mode.
+  if (grid.mode == AffineMode::kPassThrough) {
+    return quantize_element<AffineMode::kPassThrough, S>(x, grid.constants);
+  }
+  if (grid.mode == AffineMode::kDivide) {
+    return quantize_element<AffineMode::kDivide, S>(x, grid.constants);
+  }
+  return quantize_element<AffineMode::kReciprocal, S>(x, grid.constants);
 }
 
 // Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
