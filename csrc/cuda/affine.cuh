@@ -26,18 +26,16 @@ struct DivideFloat64 : PassThrough {
   }
 };
 
+template <class S>
+using DivideFor = std::conditional_t<sizeof(S) == sizeof(double), DivideFloat64, Divide<IntegerSteps>>;
+
 // f(way) with the way of a mode. The grid of a range that was observed has a scale that float64 multiplies by.
 template <class S, bool kObserved, class F>
 __device__ __forceinline__ void dispatch_way(AffineMode mode, const F& f) {
-  if constexpr (sizeof(S) < sizeof(double)) {
-    dispatch_mode(mode, f);
-  } else if (mode == AffineMode::kPassThrough) {
-    f(PassThrough{});
-  } else if (!kObserved && mode == AffineMode::kDivide) {
-    f(DivideFloat64{});
-  } else {
-    f(Multiply<IntegerSteps>{});
-  }
+  constexpr bool kMayDivide = sizeof(S) < sizeof(double) || !kObserved;
+  if (mode == AffineMode::kPassThrough) return f(PassThrough{});
+  if (kMayDivide && mode == AffineMode::kDivide) return f(DivideFor<S>{});
+  f(Multiply<IntegerSteps>{});
 }
 
 // Widens `seen` by what the thread reads, if it observes. As float32, which pending extrema are: rounding is monotonic.
@@ -67,13 +65,14 @@ __device__ __forceinline__ Extrema<float> quantize_tensor(const AffineJob& job, 
   return seen;
 }
 
-// One element and its bit of the mask.
+// One element and its bit of the mask. Not by dispatch_way: with it ptxas branches for every element where it now has a
+// loop for every mode.
 template <class S, class T = Compute<S>>
 __device__ __forceinline__ T quantize_by_mode(T x, const AffineGrid<T>& grid, bool& passes) {
   passes = PassThrough::passes(x, grid.constants);
-  T y{};
-  dispatch_way<S, false>(grid.mode, [&](auto way) { y = way.template of<S>(x, grid.constants); });
-  return y;
+  if (grid.mode == AffineMode::kPassThrough) return PassThrough::of<S>(x, grid.constants);
+  if (grid.mode == AffineMode::kDivide) return DivideFor<S>::template of<S>(x, grid.constants);
+  return Multiply<IntegerSteps>::of<S>(x, grid.constants);
 }
 
 // Elements computed at a time, for the registers: whole vectors only of float32 where all have one channel.
