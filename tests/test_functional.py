@@ -613,8 +613,10 @@ def learned_gradients(
 def assert_learned(x: Tensor, scale: Tensor, zero_point: Tensor | None, tolerance: float, **kwargs: Any) -> None:
     """Gradients within `tolerance` of a sum of the terms' magnitudes, as the eager reference in float64 has them.
 
-    A term is a float's product with an exact difference or a level; it and the sums are float64. What float32 adds are
-    the rounding of the quotient, half a unit in the last place of at most 256 beside a rint(v) - v, and of the result.
+    A term is a float's product with an exact difference or a level. What float32 adds are the roundings of the
+    quotient, half a unit in the last place of at most 256 beside a rint(v) - v, of the product, of the 15 additions to
+    a lane's sum before it is float64 (on CUDA products and sums are float64), and of the result: 16 * 2^-24 of the
+    terms' magnitudes for product and additions.
     """
     gradient = cases.sample(tuple(x.shape), x.dtype, seed=7).nan_to_num(1.0, 2.0, 3.0).clamp(-100, 100)
     actual = learned_gradients(functional, x, scale, zero_point, gradient, **kwargs)

@@ -27,13 +27,4 @@ struct BatchNormTable {
 constexpr int64_t kNormalisedConstants = 3;
 constexpr int64_t kGradientConstants = 4;
 
-// What is summed apart: the channels [channel_begin, channel_end) of the rows [outer_begin, outer_end).
-struct BatchNormPart {
-  int64_t outer_begin, outer_end;
-  int64_t channel_begin, channel_end;
-};
-
-// The columns of a part where a slot is an element of a row: what is kept of them lies in the first-level cache.
-constexpr int64_t kPartColumns = 256;
-
 }  // namespace qk::cpu

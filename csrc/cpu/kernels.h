@@ -4,6 +4,7 @@
 
 #include "../jobs.h"
 #include "../numerics/batch_norm_sums.h"
+#include "../numerics/portability.h"
 
 namespace qk::cpu {
 
@@ -47,38 +48,35 @@ struct AffineTable {
   }
 };
 
-// Extrema of the dense slices [outer, channels, inner], `outer_stride` elements between outer indices, combined into
-// min[channels] and max[channels] (double for float64 data, else float), which start at +inf and -inf.
-struct ExtremaPart {
-  DType dtype;
-  const void* input;
+// A box of a view, whose elements a reduction (reduce.h) reduces apart, per channel.
+struct ReductionPart {
   ChannelView view;
-  int64_t outer_stride;
-  void* min;
-  void* max;
+  int64_t outer_begin, outer_end, channel_begin, channel_end, inner_begin, inner_end;
 };
 
-// Sums over a part of the weight that the DoReFa derivative through the maximum needs, in double; the caller adds the
-// parts in order, so they must not depend on the number of threads.
+// Sums over a weight that the DoReFa derivative through the maximum needs.
 struct DoReFaWeightSums {
   double gradient_times_tanh;
   double largest_elements;  // how many share the maximum
 };
+QK_INLINE void add_into(DoReFaWeightSums& all, const DoReFaWeightSums& other) {
+  all.gradient_times_tanh += other.gradient_times_tanh;
+  all.largest_elements += other.largest_elements;
+}
 
 // Sums over elements of a channel of the gradient times the factors of numerics/learned.h.
 struct LearnedSums {
   double scale, outside;
 };
-// A box of the view, and its channels' sums to add to, from `channel_begin` on.
-struct LearnedPart {
-  int64_t outer_begin, outer_end, channel_begin, channel_end, inner_begin, inner_end;
-  LearnedSums* sums;
-};
+QK_INLINE void add_into(LearnedSums& all, const LearnedSums& other) {
+  all.scale += other.scale;
+  all.outside += other.outside;
+}
 
-// What dorefa_gradient needs besides its job: max|g| of consecutive samples in the compute type, from `first_sample`
-// on, and where the gradients end that its thread quantizes.
+// What dorefa_gradient needs besides its job: the Extrema of consecutive samples in the compute type, from
+// `first_sample` on, and where the gradients end that its thread quantizes.
 struct GradientPart {
-  const void* largest;
+  const void* extrema;
   int64_t first_sample;
   int64_t end;
 };
@@ -93,8 +91,7 @@ struct ObservedExtrema {
   void* max;
 };
 
-struct BatchNormPart;  // batch_norm_kernels.h
-struct BatchNormTable;
+struct BatchNormTable;  // batch_norm_kernels.h
 
 struct Kernels {
   const char* name;
@@ -104,29 +101,28 @@ struct Kernels {
   void (*fake_quantize)(const AffineJob&, const AffineTable&, Store, const ObservedExtrema* observed, int64_t begin,
                         int64_t end);
   void (*straight_through)(const StraightThroughJob&, Store, int64_t begin, int64_t end);
-  void (*learned_gradient)(const LearnedGradientJob&, const LearnedPart&);
-  void (*extrema)(const ExtremaPart&);
-  // max|x|, or NaN, of each of `runs` runs of `length` elements, in the compute type of `dtype`.
-  void (*largest_magnitudes)(DType, const void* input, int64_t runs, int64_t length, void* largest);
+  // Reductions give a value for each of the part's channels; extrema are an Extrema of the compute type.
+  void (*extrema)(DType, const void* input, const ReductionPart&, void* values);
+  void (*learned_gradient)(const LearnedGradientJob&, const ReductionPart&, LearnedSums*);
   // max|tanh w| = tanh of the largest magnitude, in the compute type of `dtype`.
   void (*tanh_of)(DType, const void* magnitude, void* result);
-  double (*magnitude_sum)(const DoReFaWeightJob&, int64_t begin, int64_t end);
+  void (*magnitude_sum)(const DoReFaWeightJob&, const ReductionPart&, double*);
   void (*dorefa_weight)(const DoReFaWeightJob&, int64_t begin, int64_t end);
-  DoReFaWeightSums (*dorefa_weight_sums)(const DoReFaWeightGradientJob&, int64_t begin, int64_t end);
+  void (*dorefa_weight_sums)(const DoReFaWeightGradientJob&, const ReductionPart&, DoReFaWeightSums*);
   // After dorefa_weight_sums of all parts. `through_largest` is what each of the largest elements gets through the
   // maximum, per unit of its sign.
   void (*dorefa_weight_gradient)(const DoReFaWeightGradientJob&, double through_largest, int64_t begin, int64_t end);
   void (*dorefa_activation)(const DoReFaActivationJob&, Store, int64_t begin, int64_t end);
   void (*dorefa_gradient)(const DoReFaGradientJob&, const GradientPart&, Store, int64_t begin, int64_t end);
-  // Sums of the part's channels; `shift` is one number for each of them, of the compute type.
-  void (*batch_norm_sums)(const BatchNormJob&, const BatchNormPart&, const void* shift, BatchNormSums* sums);
+  // `shift` is one number for each channel, of the compute type.
+  void (*batch_norm_sums)(const BatchNormJob&, const void* shift, const ReductionPart&, BatchNormSums*);
   // Normalises and quantizes [begin, end), `begin` a multiple of kPartAlignment. Widens `observed` by the extrema of
   // the normalised elements unless it is null; as one channel.
   void (*normalise)(const BatchNormJob&, const BatchNormTable&, Store, const ObservedExtrema* observed, int64_t begin,
                     int64_t end);
   // All of one channel, of an inner size that is a multiple of kLanes.
   void (*normalise_channel)(const BatchNormJob&, const BatchNormTable&, Store, int64_t channel);
-  void (*batch_norm_gradient_sums)(const BatchNormGradientJob&, const BatchNormPart&, BatchNormGradientSums* sums);
+  void (*batch_norm_gradient_sums)(const BatchNormGradientJob&, const ReductionPart&, BatchNormGradientSums*);
   void (*batch_norm_gradient)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t begin, int64_t end);
   void (*batch_norm_gradient_channel)(const BatchNormGradientJob&, const BatchNormTable&, Store, int64_t channel);
   // Parts begin at a multiple of kPartAlignment. Widens `observed` by the extrema of the activated elements, as one

@@ -9,28 +9,75 @@
 #include "../numerics/batch_norm_channel.h"
 #include "batch_norm_kernels.h"
 #include "loops_affine.h"
-#include "loops_dorefa.h"
+#include "loops_reduce.h"
 
 QK_NAMESPACE_BEGIN
 
-using cpu::BatchNormPart;
 using cpu::BatchNormTable;
 
-using Sums = Vector<double>;
-
-QK_INLINE Sums add_squares(const Sums& sums, const Sums& x) {
-  if constexpr (kHasFusedMultiplyAdd<double>) {
-    return fused_multiply_add(x, x, sums);
-  } else {
-    return sums + x * x;
-  }
-}
-
-// Of a dense run that ends with the tensor, a vector that may go past the end: zeros stand there.
+// Of a channel's elements, relative to a number for each channel.
 template <class S>
-QK_INLINE auto load_within(const S* x, int64_t i, int64_t numel) {
-  using V = Vector<typename ComputeType<S>::type>;
-  return i + kLanes <= numel ? V::load(x + i) : V::load(Padded<S>(x + i, numel - i).element);
+struct BatchNormTerm {
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
+  using Value = BatchNormSums;
+  struct Lanes {
+    Vector<double> sum, squares;
+    V min, max;
+
+    static QK_INLINE Lanes none() {
+      const auto zero = Vector<double>::broadcast(0.0);
+      return {zero, zero, V::broadcast(T(INFINITY)), V::broadcast(T(-INFINITY))};
+    }
+  };
+  static constexpr int64_t kStep = kLanes;
+
+  const S* x;
+  const T* shift;
+
+  Vector<double> at(int64_t channel) const { return Vector<double>::broadcast(static_cast<double>(shift[channel])); }
+  Vector<double> at(const int64_t (&channel)[kLanes]) const {
+    return vector_of<double>([&](int i) { return static_cast<double>(shift[channel[i]]); });
+  }
+
+  template <bool whole>
+  QK_INLINE void add(Lanes& lanes, const Vector<double>& shifts, const Piece& piece) const {
+    const V value = load<whole>(x, piece);
+    lanes.min = minimum(value, lanes.min);
+    lanes.max = maximum(value, lanes.max);
+    const Vector<double> offset = fresh_lanes<whole>(widened(value) - shifts, piece);
+    lanes.sum = lanes.sum + offset;
+    lanes.squares = add_products(lanes.squares, offset, offset);
+  }
+
+  static Value total(const Lanes& lanes) {
+    Value of_lane[kLanes];
+    spread(lanes, of_lane);
+    BatchNormSums all = no_sums();
+    for (const Value& value : of_lane) add_into(all, {0.0, 0.0, value.min, value.max});
+    return {sum_of_lanes(lanes.sum), sum_of_lanes(lanes.squares), all.min, all.max};
+  }
+  static void spread(const Lanes& lanes, Value (&values)[kLanes]) {
+    double sum[kLanes], squares[kLanes];
+    T min[kLanes], max[kLanes];
+    lanes.sum.store(sum);
+    lanes.squares.store(squares);
+    lanes.min.store(min);
+    lanes.max.store(max);
+    for (int i = 0; i < kLanes; ++i) {
+      values[i] = {sum[i], squares[i], static_cast<double>(min[i]), static_cast<double>(max[i])};
+    }
+  }
+};
+
+inline void batch_norm_sums(const BatchNormJob& job, const void* shift, const ReductionPart& part,
+                            BatchNormSums* sums) {
+  dispatch_storage(job.quantization.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const BatchNormTerm<S> term = {static_cast<const S*>(job.quantization.input),
+                                   static_cast<const typename ComputeType<S>::type*>(shift)};
+    reduce_channels(term, part, sums);
+  });
 }
 
 // The mask's bits of kLanes elements from element i on, a multiple of 8.
@@ -39,260 +86,66 @@ QK_INLINE LaneBits lane_bits_at(const uint8_t* mask, int64_t i) {
   std::memcpy(&bits, mask + i / 8, sizeof(bits));
   return bits;
 }
-// From any element on; none past the end.
-QK_INLINE LaneBits lane_bits_at(const uint8_t* mask, int64_t i, int64_t numel) {
-  if (i % 8 == 0 && i + kLanes <= numel) return lane_bits_at(mask, i);
-  const int64_t last = std::min(i + kLanes, numel) - 1;
-  uint32_t bits = 0;
-  for (int64_t byte = i / 8; byte <= last / 8; ++byte) bits |= uint32_t{mask[byte]} << (8 * (byte - i / 8));
-  return static_cast<LaneBits>(bits >> (i % 8));
-}
-QK_INLINE bool bit_at(const uint8_t* mask, int64_t i) { return (mask[i / 8] >> (i % 8) & 1) != 0; }
-
-// A channel's sums where its elements lie in runs of a vector and more.
-template <class S, class T = typename ComputeType<S>::type>
-BatchNormSums sums_of_runs(const S* x, const ChannelView& view, const BatchNormPart& part, int64_t channel, T shift) {
-  using V = Vector<T>;
-  const double by = static_cast<double>(shift);
-  const Sums shifts = Sums::broadcast(by);
-  Sums sum = Sums::broadcast(0.0), squares = sum;
-  V min = V::broadcast(T(INFINITY)), max = V::broadcast(T(-INFINITY));
-  BatchNormSums rest = no_sums();
-  for (int64_t o = part.outer_begin; o < part.outer_end; ++o) {
-    const S* const run = x + (o * view.channels + channel) * view.inner;
-    int64_t i = 0;
-    for (; i + kLanes <= view.inner; i += kLanes) {
-      const V value = V::load(run + i);
-      min = minimum(value, min);
-      max = maximum(value, max);
-      const Sums offset = widened(value) - shifts;
-      sum = sum + offset;
-      squares = add_squares(squares, offset);
-    }
-    for (; i < view.inner; ++i) {
-      const double value = static_cast<double>(to_float(run[i]));
-      const double offset = value - by;
-      add_into(rest, {offset, offset * offset, value, value});
-    }
+// Of a piece, which may begin anywhere.
+template <bool whole>
+QK_INLINE LaneBits lane_bits_at(const uint8_t* mask, const Piece& piece) {
+  const int64_t first = piece.first, last = first + piece.count - 1;
+  uint32_t bits = mask[first / 8];
+  if (whole || piece.count == kLanes) {
+    bits = lane_bits_at(mask, first) | uint32_t{mask[last / 8]} << 16;
+  } else if (last / 8 > first / 8) {
+    bits |= uint32_t{mask[first / 8 + 1]} << 8 | uint32_t{mask[last / 8]} << 8 * (last / 8 - first / 8);
   }
-  T least[kLanes], most[kLanes];
-  min.store(least);
-  max.store(most);
-  BatchNormSums all = {sum_of_lanes(sum), sum_of_lanes(squares), INFINITY, -INFINITY};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    add_into(all, {0.0, 0.0, static_cast<double>(least[lane]), static_cast<double>(most[lane])});
-  }
-  add_into(all, rest);
-  return all;
+  return static_cast<LaneBits>(bits >> (first % 8));
 }
 
-// Rows that are summed while the sums of their columns are in registers.
-constexpr int64_t kRowsAtOnce = 8;
-
-// Calls columns.add(i, rows, row, j) for every vector of the part's columns, j the first of them, and up to kRowsAtOnce
-// rows of `row` elements: the first one's elements begin at i.
-template <class Columns>
-void visit_columns(const ChannelView& view, const BatchNormPart& part, Columns& columns) {
-  const int64_t row = view.channels * view.inner;
-  const int64_t first = part.channel_begin * view.inner;
-  const int64_t count = (part.channel_end - part.channel_begin) * view.inner;
-  for (int64_t o = part.outer_begin; o < part.outer_end; o += kRowsAtOnce) {
-    const int64_t rows = std::min(kRowsAtOnce, part.outer_end - o);
-    for (int64_t j = 0; j < count; j += kLanes) columns.add(o * row + first + j, rows, row, j);
-  }
-}
-
+// Of a channel's gradients behind the mask.
 template <class S>
-class ColumnSums {
+struct BatchNormGradientTerm {
   using T = typename ComputeType<S>::type;
   using V = Vector<T>;
+  using Value = BatchNormGradientSums;
+  struct Lanes {
+    Vector<double> gradient, times_offset;
 
- public:
-  ColumnSums(const BatchNormJob& job, const BatchNormPart& part, const T* shift)
-      : x_(static_cast<const S*>(job.quantization.input)), numel_(job.view.numel()), inner_(job.view.inner) {
-    std::fill_n(sum_, cpu::kPartColumns, 0.0);
-    std::fill_n(squares_, cpu::kPartColumns, 0.0);
-    std::fill_n(min_, cpu::kPartColumns, T(INFINITY));
-    std::fill_n(max_, cpu::kPartColumns, T(-INFINITY));
-    std::fill_n(shift_, cpu::kPartColumns, 0.0);
-    const int64_t columns = (part.channel_end - part.channel_begin) * inner_;
-    for (int64_t j = 0; j < columns; ++j) shift_[j] = static_cast<double>(shift[j / inner_]);
+    static QK_INLINE Lanes none() { return {Vector<double>::broadcast(0.0), Vector<double>::broadcast(0.0)}; }
+  };
+  static constexpr int64_t kStep = kLanes;
+
+  const S* gradient;
+  const S* x;
+  const uint8_t* mask;
+  const T* mean;
+
+  V at(int64_t channel) const { return V::broadcast(mean[channel]); }
+  V at(const int64_t (&channel)[kLanes]) const {
+    return vector_of<T>([&](int i) { return mean[channel[i]]; });
   }
 
-  // `rows` rows of columns [j, j + kLanes), from element i on.
-  QK_INLINE void add(int64_t i, int64_t rows, int64_t row, int64_t j) {
-    if (rows == kRowsAtOnce && i + (rows - 1) * row + kLanes <= numel_) return add<true>(i, kRowsAtOnce, row, j);
-    add<false>(i, rows, row, j);
-  }
-
-  BatchNormSums of_channel(int64_t channel) const {
-    BatchNormSums sums = no_sums();
-    for (int64_t j = channel * inner_; j < (channel + 1) * inner_; ++j) {
-      add_into(sums, {sum_[j], squares_[j], static_cast<double>(min_[j]), static_cast<double>(max_[j])});
-    }
-    return sums;
-  }
-
- private:
   template <bool whole>
-  QK_INLINE void add(int64_t i, int64_t rows, int64_t row, int64_t j) {
-    const S* const x = x_;
-    const int64_t numel = numel_;
-    const Sums shift = Sums::load(shift_ + j);
-    Sums sum = Sums::load(sum_ + j), squares = Sums::load(squares_ + j);
-    V min = V::load(min_ + j), max = V::load(max_ + j);
-    for (int64_t r = 0; r < rows; ++r) {
-      const V value = whole ? V::load(x + i + r * row) : load_within(x, i + r * row, numel);
-      min = minimum(value, min);
-      max = maximum(value, max);
-      const Sums offset = widened(value) - shift;
-      sum = sum + offset;
-      squares = add_squares(squares, offset);
-    }
-    sum.store(sum_ + j);
-    squares.store(squares_ + j);
-    min.store(min_ + j);
-    max.store(max_ + j);
+  QK_INLINE void add(Lanes& lanes, const V& means, const Piece& piece) const {
+    const LaneBits bits = lane_bits_at<whole>(mask, piece) & piece.fresh;
+    const V g = selected(bits, load<whole>(gradient, piece));
+    lanes.gradient = lanes.gradient + widened(g);
+    lanes.times_offset = add_products(lanes.times_offset, g, load<whole>(x, piece) - means);
   }
 
-  const S* x_;
-  int64_t numel_, inner_;
-  double sum_[cpu::kPartColumns], squares_[cpu::kPartColumns], shift_[cpu::kPartColumns];
-  T min_[cpu::kPartColumns], max_[cpu::kPartColumns];
+  static Value total(const Lanes& lanes) { return {sum_of_lanes(lanes.gradient), sum_of_lanes(lanes.times_offset)}; }
+  static void spread(const Lanes& lanes, Value (&values)[kLanes]) {
+    double sum[kLanes], products[kLanes];
+    lanes.gradient.store(sum);
+    lanes.times_offset.store(products);
+    for (int i = 0; i < kLanes; ++i) values[i] = {sum[i], products[i]};
+  }
 };
 
-inline void batch_norm_sums(const BatchNormJob& job, const BatchNormPart& part, const void* shift,
-                            BatchNormSums* sums) {
-  dispatch_storage(job.quantization.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    using T = typename ComputeType<S>::type;
-    const T* const shifts = static_cast<const T*>(shift);
-    const int64_t channels = part.channel_end - part.channel_begin;
-    if (BatchNormTable::has_slot_per_element(job.view)) {
-      ColumnSums<S> columns(job, part, shifts);
-      visit_columns(job.view, part, columns);
-      for (int64_t c = 0; c < channels; ++c) sums[c] = columns.of_channel(c);
-      return;
-    }
-    const S* const x = static_cast<const S*>(job.quantization.input);
-    for (int64_t c = 0; c < channels; ++c) {
-      sums[c] = sums_of_runs<S>(x, job.view, part, part.channel_begin + c, shifts[c]);
-    }
-  });
-}
-
-template <class S, class T = typename ComputeType<S>::type>
-BatchNormGradientSums gradient_sums_of_runs(const BatchNormGradientJob& job, const BatchNormPart& part,
-                                            int64_t channel) {
-  using V = Vector<T>;
-  const S* const x = static_cast<const S*>(job.input);
-  const S* const g = static_cast<const S*>(job.grad_output);
-  const ChannelView view = job.view;
-  const int64_t numel = view.numel();
-  const T mean = static_cast<const T*>(job.mean)[channel];
-  const V means = V::broadcast(mean);
-  Sums sum = Sums::broadcast(0.0), products = sum;
-  BatchNormGradientSums rest = {0.0, 0.0};
-  for (int64_t o = part.outer_begin; o < part.outer_end; ++o) {
-    const int64_t run = (o * view.channels + channel) * view.inner;
-    const int64_t end = run + view.inner;
-    int64_t i = run;
-    for (; i + kLanes <= end; i += kLanes) {
-      const V gradient = selected(lane_bits_at(job.mask, i, numel), V::load(g + i));
-      sum = sum + widened(gradient);
-      products = add_products(products, gradient, V::load(x + i) - means);
-    }
-    for (; i < end; ++i) {
-      if (!bit_at(job.mask, i)) continue;
-      const double gradient = static_cast<double>(to_float(g[i]));
-      add_into(rest, {gradient, gradient * static_cast<double>(static_cast<T>(to_float(x[i]) - mean))});
-    }
-  }
-  BatchNormGradientSums all = {sum_of_lanes(sum), sum_of_lanes(products)};
-  add_into(all, rest);
-  return all;
-}
-
-template <class S>
-class ColumnGradientSums {
-  using T = typename ComputeType<S>::type;
-  using V = Vector<T>;
-
- public:
-  ColumnGradientSums(const BatchNormGradientJob& job, const BatchNormPart& part)
-      : x_(static_cast<const S*>(job.input)),
-        g_(static_cast<const S*>(job.grad_output)),
-        mask_(job.mask),
-        numel_(job.view.numel()),
-        inner_(job.view.inner) {
-    std::fill_n(sum_, cpu::kPartColumns, 0.0);
-    std::fill_n(products_, cpu::kPartColumns, 0.0);
-    std::fill_n(mean_, cpu::kPartColumns, T(0));
-    const T* const mean = static_cast<const T*>(job.mean) + part.channel_begin;
-    const int64_t columns = (part.channel_end - part.channel_begin) * inner_;
-    for (int64_t j = 0; j < columns; ++j) mean_[j] = mean[j / inner_];
-  }
-
-  QK_INLINE void add(int64_t i, int64_t rows, int64_t row, int64_t j) {
-    const bool whole = rows == kRowsAtOnce && i + (rows - 1) * row + kLanes <= numel_;
-    if (whole && i % 8 == 0 && row % 8 == 0) return add<true>(i, kRowsAtOnce, row, j);
-    add<false>(i, rows, row, j);
-  }
-
-  BatchNormGradientSums of_channel(int64_t channel) const {
-    BatchNormGradientSums sums = {0.0, 0.0};
-    for (int64_t j = channel * inner_; j < (channel + 1) * inner_; ++j) add_into(sums, {sum_[j], products_[j]});
-    return sums;
-  }
-
- private:
-  // `whole`: whole vectors within the tensor, whole bytes of the mask.
-  template <bool whole>
-  QK_INLINE void add(int64_t i, int64_t rows, int64_t row, int64_t j) {
-    const S* const x = x_;
-    const S* const g = g_;
-    const uint8_t* const mask = mask_;
-    const int64_t numel = numel_;
-    const V mean = V::load(mean_ + j);
-    Sums sum = Sums::load(sum_ + j), products = Sums::load(products_ + j);
-    for (int64_t r = 0; r < rows; ++r, i += row) {
-      V gradient, value;
-      if constexpr (whole) {
-        gradient = selected(lane_bits_at(mask, i), V::load(g + i));
-        value = V::load(x + i);
-      } else {
-        gradient = selected(lane_bits_at(mask, i, numel), load_within(g, i, numel));
-        value = load_within(x, i, numel);
-      }
-      sum = sum + widened(gradient);
-      products = add_products(products, gradient, value - mean);
-    }
-    sum.store(sum_ + j);
-    products.store(products_ + j);
-  }
-
-  const S* x_;
-  const S* g_;
-  const uint8_t* mask_;
-  int64_t numel_, inner_;
-  double sum_[cpu::kPartColumns], products_[cpu::kPartColumns];
-  T mean_[cpu::kPartColumns];
-};
-
-inline void batch_norm_gradient_sums(const BatchNormGradientJob& job, const BatchNormPart& part,
+inline void batch_norm_gradient_sums(const BatchNormGradientJob& job, const ReductionPart& part,
                                      BatchNormGradientSums* sums) {
   dispatch_storage(job.dtype, [&](auto storage) {
     using S = decltype(storage);
-    const int64_t channels = part.channel_end - part.channel_begin;
-    if (BatchNormTable::has_slot_per_element(job.view)) {
-      ColumnGradientSums<S> columns(job, part);
-      visit_columns(job.view, part, columns);
-      for (int64_t c = 0; c < channels; ++c) sums[c] = columns.of_channel(c);
-      return;
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      sums[c] = gradient_sums_of_runs<S>(job, part, part.channel_begin + c);
-    }
+    const BatchNormGradientTerm<S> term = {static_cast<const S*>(job.grad_output), static_cast<const S*>(job.input),
+                                           job.mask, static_cast<const typename ComputeType<S>::type*>(job.mean)};
+    reduce_channels(term, part, sums);
   });
 }
 
@@ -366,17 +219,6 @@ class ConstantsWalk {
 
   const ChannelView view_;
   const BatchNormTable table_;
-};
-
-// The last elements of a tensor, filled up with the first of them to a whole vector.
-template <class S>
-struct Repeated {
-  S element[kLanes];
-
-  Repeated(const S* from, int64_t count) {
-    std::fill_n(element, kLanes, *from);
-    std::copy_n(from, count, element);
-  }
 };
 
 // Batch norm's element: normalised, quantized, its bit of the mask.

@@ -8,6 +8,7 @@
 #include "../numerics/dorefa.h"
 #include "kernels.h"
 #include "loops_masked.h"
+#include "loops_reduce.h"
 #include "vector_twin.h"
 
 QK_NAMESPACE_BEGIN
@@ -42,33 +43,32 @@ inline void tanh_of(DType dtype, const void* magnitude, void* result) {
   }
 }
 
-// Lanes first, then across them in order: the same sum on every tier.
-template <class Sums>
-QK_INLINE double sum_of_lanes(const Sums& sums) {
-  double lanes[kLanes];
-  sums.store(lanes);
-  double sum = 0;
-  for (const double lane : lanes) sum += lane;
-  return sum;
-}
-
 template <class S>
-double magnitude_sum_typed(const S* x, int64_t begin, int64_t end) {
+struct MagnitudeTerm {
   using V = Vector<typename ComputeType<S>::type>;
-  Vector<double> sums = Vector<double>::broadcast(0);
-  const V one = V::broadcast(1);
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) sums = add_products(sums, absolute(V::load(x + i)), one);
-  sums = add_products(sums, absolute(V::load(Padded<S>(x + i, end - i).element)), one);
-  return sum_of_lanes(sums);
-}
+  using Value = double;
+  struct Lanes {
+    Vector<double> sum;
 
-inline double magnitude_sum(const DoReFaWeightJob& job, int64_t begin, int64_t end) {
-  double sum = 0;
+    static QK_INLINE Lanes none() { return {Vector<double>::broadcast(0.0)}; }
+  };
+  static constexpr int64_t kStep = kLanes;
+
+  const S* x;
+
+  V at(int64_t) const { return V::broadcast(1); }
+  template <bool whole>
+  QK_INLINE void add(Lanes& lanes, const V& one, const Piece& piece) const {
+    lanes.sum = add_products(lanes.sum, fresh_lanes<whole>(absolute(load<whole>(x, piece)), piece), one);
+  }
+  static Value total(const Lanes& lanes) { return sum_of_lanes(lanes.sum); }
+};
+
+inline void magnitude_sum(const DoReFaWeightJob& job, const ReductionPart& part, double* sum) {
   dispatch_storage(job.dtype, [&](auto storage) {
-    sum = magnitude_sum_typed(static_cast<const decltype(storage)*>(job.input), begin, end);
+    using S = decltype(storage);
+    *sum = reduce_runs(MagnitudeTerm<S>{static_cast<const S*>(job.input)}, part, 0);
   });
-  return sum;
 }
 
 template <class S>
@@ -107,49 +107,58 @@ template <class S>
 constexpr bool kKeepsTanh = sizeof(S) == sizeof(typename ComputeType<S>::type);
 
 template <class S>
-cpu::DoReFaWeightSums dorefa_weight_sums_typed(const DoReFaWeightGradientJob& job, int64_t begin, int64_t end) {
+struct WeightTerm {
   using T = typename ComputeType<S>::type;
   using V = Vector<T>;
-  const S* g = static_cast<const S*>(job.grad_output);
-  const S* w = static_cast<const S*>(job.weight);
-  S* kept = static_cast<S*>(job.grad_input);
-  const V largest = V::broadcast(*static_cast<const T*>(job.statistic));
-  Vector<double> product = Vector<double>::broadcast(0);
-  int64_t count = 0;
-  const auto add = [&](V gradient, V t, int64_t valid) QK_INLINE_LAMBDA {
-    const LaneBits bits = inclusively_between(absolute(t), largest, largest);
-    count += __builtin_popcount(bits & ((1u << valid) - 1));
-    product = add_products(product, gradient, t);
-  };
-  int64_t i = begin;
-  for (; kIsInRegisters<T> && i + 2 * kLanes <= end; i += 2 * kLanes) {
-    const Twin<V> t = hyperbolic_tangent(Twin<V>::load(w + i));
-    if constexpr (kKeepsTanh<S>) t.store(kept + i);
-    add(V::load(g + i), t.first, kLanes);
-    add(V::load(g + i + kLanes), t.second, kLanes);
-  }
-  for (; i + kLanes <= end; i += kLanes) {
-    const V t = hyperbolic_tangent(V::load(w + i));
-    if constexpr (kKeepsTanh<S>) t.store(kept + i);
-    add(V::load(g + i), t, kLanes);
-  }
-  if (i < end) {
-    const V t = hyperbolic_tangent(V::load(Padded<S>(w + i, end - i).element));
-    if constexpr (kKeepsTanh<S>) {
-      S last[kLanes];
-      t.store(last);
-      std::copy_n(last, end - i, kept + i);
-    }
-    add(V::load(Padded<S>(g + i, end - i).element), t, end - i);
-  }
-  return {sum_of_lanes(product), static_cast<double>(count)};
-}
+  using Value = cpu::DoReFaWeightSums;
+  struct Lanes {
+    Vector<double> gradient_times_tanh;
+    int64_t largest_elements;  // of all lanes
 
-inline cpu::DoReFaWeightSums dorefa_weight_sums(const DoReFaWeightGradientJob& job, int64_t begin, int64_t end) {
-  cpu::DoReFaWeightSums sums{};
-  dispatch_storage(job.dtype,
-                   [&](auto storage) { sums = dorefa_weight_sums_typed<decltype(storage)>(job, begin, end); });
-  return sums;
+    static QK_INLINE Lanes none() { return {Vector<double>::broadcast(0.0), 0}; }
+  };
+  static constexpr int64_t kStep = kIsInRegisters<T> ? 2 * kLanes : kLanes;
+
+  const S* gradient;
+  const S* weight;
+  S* kept;
+  T largest;
+
+  V at(int64_t) const { return V::broadcast(largest); }
+  template <bool whole>
+  QK_INLINE void add(Lanes& lanes, const V& most, const Piece& piece) const {
+    const V t = hyperbolic_tangent(load<whole>(weight, piece));
+    if constexpr (kKeepsTanh<S>) store<whole>(t, kept, piece);
+    add<whole>(lanes, most, piece, t);
+  }
+  QK_INLINE void add_step(Lanes& lanes, const V& most, int64_t first) const {
+    const Twin<V> t = hyperbolic_tangent(Twin<V>::load(weight + first));
+    if constexpr (kKeepsTanh<S>) t.store(kept + first);
+    add<true>(lanes, most, {first}, t.first);
+    add<true>(lanes, most, {first + kLanes}, t.second);
+  }
+  static Value total(const Lanes& lanes) {
+    return {sum_of_lanes(lanes.gradient_times_tanh), static_cast<double>(lanes.largest_elements)};
+  }
+
+ private:
+  template <bool whole>
+  QK_INLINE void add(Lanes& lanes, const V& most, const Piece& piece, const V& t) const {
+    lanes.largest_elements += __builtin_popcount(inclusively_between(absolute(t), most, most) & piece.fresh);
+    const V fresh = fresh_lanes<whole>(load<whole>(gradient, piece), piece);
+    lanes.gradient_times_tanh = add_products(lanes.gradient_times_tanh, fresh, t);
+  }
+};
+
+inline void dorefa_weight_sums(const DoReFaWeightGradientJob& job, const ReductionPart& part,
+                               cpu::DoReFaWeightSums* sums) {
+  dispatch_storage(job.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    using T = typename ComputeType<S>::type;
+    const WeightTerm<S> term = {static_cast<const S*>(job.grad_output), static_cast<const S*>(job.weight),
+                                static_cast<S*>(job.grad_input), *static_cast<const T*>(job.statistic)};
+    *sums = reduce_runs(term, part, 0);
+  });
 }
 
 template <class S>

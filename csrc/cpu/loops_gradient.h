@@ -6,6 +6,7 @@
 
 #include "../numerics/dispatch.h"
 #include "../numerics/dorefa.h"
+#include "../numerics/extrema.h"
 #include "../numerics/philox.h"
 #include "kernels.h"
 #include "loops_dorefa.h"
@@ -100,7 +101,7 @@ class GradientWalk {
   GradientWalk(const DoReFaGradientJob& job, const cpu::GradientPart& part)
       : g_(static_cast<const S*>(job.grad_output)),
         y_(static_cast<S*>(job.grad_input)),
-        largest_(static_cast<const T*>(part.largest)),
+        extrema_(static_cast<const Extrema<T>*>(part.extrema)),
         first_sample_(part.first_sample),
         part_end_(part.end),
         inner_(job.inner),
@@ -122,7 +123,7 @@ class GradientWalk {
   }
 
  private:
-  T largest_of(int64_t sample) const { return largest_[sample - first_sample_]; }
+  T largest_of(int64_t sample) const { return extrema_[sample - first_sample_].largest_magnitude(); }
   Constants constants(T m) const { return {T(2) * m, levels_}; }
 
   // Elements [begin, end) of one sample, whole draws.
@@ -218,7 +219,7 @@ class GradientWalk {
 
   const S* g_;
   S* y_;
-  const T* largest_;
+  const Extrema<T>* extrema_;
   int64_t first_sample_;
   int64_t part_end_;
   int64_t inner_;

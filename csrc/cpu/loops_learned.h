@@ -2,76 +2,87 @@
 // vector header.
 #pragma once
 
-#include <algorithm>
-
 #include "../numerics/dispatch.h"
 #include "../numerics/learned.h"
 #include "kernels.h"
-#include "loops_masked.h"
+#include "loops_reduce.h"
 
 QK_NAMESPACE_BEGIN
 
-// Sums per lane of a run of elements that share their grid, so that they have the same bits on every tier.
-template <class T>
-struct LearnedLanes {
-  Vector<double> scale, outside;
+// Stores the input's gradients and sums those of the scale and the zero point.
+template <class S>
+struct LearnedTerm {
+  using T = typename ComputeType<S>::type;
+  using V = Vector<T>;
+  using Value = cpu::LearnedSums;
+  // Of the gradient times the factors of numerics/learned.h.
+  struct Sums {
+    V scale, outside;
+  };
+  struct Lanes {
+    Vector<double> scale, outside;
 
-  template <class S>
-  QK_INLINE void add(const S* gradient, const S* x, S* grad_input, const LearnedGrid<Vector<T>>& grid) {
-    using V = Vector<T>;
-    const V g = V::load(gradient);
-    const LearnedFactors<V> factors = learned_factors(V::load(x), grid);
-    const V zero = V::broadcast(T(0));
-    select_less(zero, factors.outside, zero, g).store(grad_input);
-    scale = add_products(scale, g, factors.for_scale);
-    outside = add_products(outside, g, factors.outside);
+    static QK_INLINE Lanes none() { return {Vector<double>::broadcast(0.0), Vector<double>::broadcast(0.0)}; }
+    QK_INLINE void add(const Sums& sums) {
+      scale = scale + widened(sums.scale);
+      outside = outside + widened(sums.outside);
+    }
+  };
+  // Float32 products are summed as such for 16 vectors, whose conversions would take as long as all else: the sum of a
+  // lane's terms is then within 16 * 2^-24 of the sum of their magnitudes.
+  static constexpr int64_t kStep = sizeof(T) == sizeof(float) ? 16 * kLanes : kLanes;
+
+  const LearnedGradientJob& job;
+  const S* gradient = static_cast<const S*>(job.grad_output);
+  const S* x = static_cast<const S*>(job.input);
+  S* grad_input = static_cast<S*>(job.grad_input);
+
+  LearnedGrid<V> at(int64_t channel) const {
+    const LearnedGrid<T> grid = learned_grid<T>(job, channel);
+    return {V::broadcast(grid.scale), V::broadcast(grid.level_min), V::broadcast(grid.level_max)};
+  }
+  LearnedGrid<V> at(const int64_t (&channel)[kLanes]) const {
+    LearnedGrid<T> grid[kLanes];
+    for (int i = 0; i < kLanes; ++i) grid[i] = learned_grid<T>(job, channel[i]);
+    return {vector_of<T>([&](int i) { return grid[i].scale; }), vector_of<T>([&](int i) { return grid[i].level_min; }),
+            vector_of<T>([&](int i) { return grid[i].level_max; })};
   }
 
-  // Of all lanes, in a fixed tree.
-  static QK_INLINE double total(const Vector<double>& sums) {
-    double lane[kLanes];
-    sums.store(lane);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  template <bool whole>
+  QK_INLINE void add(Lanes& lanes, const LearnedGrid<V>& grid, const Piece& piece) const {
+    lanes.add(vector<whole>(grid, piece));
+  }
+  QK_INLINE void add_step(Lanes& lanes, const LearnedGrid<V>& grid, int64_t first) const {
+    Sums sums = vector<true>(grid, {first});
+    for (int64_t i = first + kLanes; i < first + kStep; i += kLanes) {
+      const Sums next = vector<true>(grid, {i});
+      sums = {sums.scale + next.scale, sums.outside + next.outside};
     }
-    return lane[0];
+    lanes.add(sums);
+  }
+
+  static Value total(const Lanes& lanes) { return {sum_of_lanes(lanes.scale), sum_of_lanes(lanes.outside)}; }
+  static void spread(const Lanes& lanes, Value (&values)[kLanes]) {
+    double scale[kLanes], outside[kLanes];
+    lanes.scale.store(scale);
+    lanes.outside.store(outside);
+    for (int i = 0; i < kLanes; ++i) values[i] = {scale[i], outside[i]};
+  }
+
+ private:
+  template <bool whole>
+  QK_INLINE Sums vector(const LearnedGrid<V>& grid, const Piece& piece) const {
+    const V g = load<whole>(gradient, piece);
+    const LearnedQuotient<V> q = learned_quotient(load<whole>(x, piece), grid);
+    const V passed = where_equal(q.rounded, q.level, g);
+    store<whole>(passed, grad_input, piece);
+    return {fresh_lanes<whole>(g, piece) * (q.level - where_equal(q.rounded, q.level, q.exact)),
+            fresh_lanes<whole>(g - passed, piece)};
   }
 };
 
-template <class S>
-cpu::LearnedSums learned_gradient_of_run(const S* gradient, const S* x, S* grad_input, int64_t count,
-                                         const LearnedGrid<typename ComputeType<S>::type>& scalars) {
-  using T = typename ComputeType<S>::type;
-  using V = Vector<T>;
-  const LearnedGrid<V> grid = {V::broadcast(scalars.scale), V::broadcast(scalars.level_min),
-                               V::broadcast(scalars.level_max)};
-  LearnedLanes<T> lanes = {Vector<double>::broadcast(0.0), Vector<double>::broadcast(0.0)};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) lanes.add(gradient + i, x + i, grad_input + i, grid);
-  if (i < count) {
-    S last[kLanes];
-    lanes.add(Padded<S>(gradient + i, count - i).element, Padded<S>(x + i, count - i).element, last, grid);
-    std::copy_n(last, count - i, grad_input + i);
-  }
-  return {lanes.total(lanes.scale), lanes.total(lanes.outside)};
-}
-
-inline void learned_gradient(const LearnedGradientJob& job, const cpu::LearnedPart& part) {
-  dispatch_storage(job.dtype, [&](auto storage) {
-    using S = decltype(storage);
-    using T = typename ComputeType<S>::type;
-    const ChannelView& view = job.view;
-    for (int64_t o = part.outer_begin; o < part.outer_end; ++o) {
-      for (int64_t c = part.channel_begin; c < part.channel_end; ++c) {
-        const int64_t first = (o * view.channels + c) * view.inner + part.inner_begin;
-        const cpu::LearnedSums run = learned_gradient_of_run(
-            static_cast<const S*>(job.grad_output) + first, static_cast<const S*>(job.input) + first,
-            static_cast<S*>(job.grad_input) + first, part.inner_end - part.inner_begin, learned_grid<T>(job, c));
-        cpu::LearnedSums& total = part.sums[c - part.channel_begin];
-        total = {total.scale + run.scale, total.outside + run.outside};
-      }
-    }
-  });
+inline void learned_gradient(const LearnedGradientJob& job, const ReductionPart& part, cpu::LearnedSums* sums) {
+  dispatch_storage(job.dtype, [&](auto storage) { reduce_channels(LearnedTerm<decltype(storage)>{job}, part, sums); });
 }
 
 QK_NAMESPACE_END

@@ -17,6 +17,7 @@
 #include "../numerics/half.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "reduce.h"
 
 namespace qk::cpu {
 namespace {
@@ -91,76 +92,16 @@ struct ChannelExtrema {
   explicit ChannelExtrema(int64_t channels)
       : min(static_cast<size_t>(channels), std::numeric_limits<T>::infinity()),
         max(static_cast<size_t>(channels), -std::numeric_limits<T>::infinity()) {}
-
-  void combine(const ChannelExtrema& other) {
-    for (size_t c = 0; c < min.size(); ++c) combine_into(min[c], max[c], other.min[c], other.max[c]);
-  }
 };
 
-// T is the compute type of `dtype`. Minimum and maximum are exact, so the partition cannot show.
+// T is the compute type of `dtype`.
 template <class T>
-class ExtremaReduction {
- public:
-  ExtremaReduction(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for)
-      : dtype_(dtype), input_(static_cast<const char*>(input)), view_(view), parallel_for_(parallel_for) {}
-
-  ChannelExtrema<T> run() const {
-    if (view_.channels == 1)
-      return over_slices(
-          view_.outer * view_.inner, kGrain, [](ChannelView, int64_t n) { return ChannelView{1, 1, n}; }, 1);
-    const int64_t row = view_.channels * view_.inner;
-    if (view_.outer >= kRowSlices) {
-      const int64_t rows = std::max((view_.outer + kRowSlices - 1) / kRowSlices, kGrain / std::max<int64_t>(row, 1));
-      return over_slices(
-          view_.outer, rows, [](ChannelView v, int64_t n) { return ChannelView{n, v.channels, v.inner}; }, row);
-    }
-    return over_channels();
-  }
-
- private:
-  static constexpr int64_t kRowSlices = 16;
-
-  void reduce(int64_t offset, ChannelView view, T* min, T* max) const {
-    active_kernels().extrema(
-        {dtype_, input_ + offset * element_size(dtype_), view, view_.channels * view_.inner, min, max});
-  }
-
-  // Slices of `length` indices, `stride` elements each, reduced apart and then together.
-  template <class ViewOf>
-  ChannelExtrema<T> over_slices(int64_t count, int64_t length, ViewOf view_of, int64_t stride) const {
-    const int64_t slices = std::max<int64_t>((count + length - 1) / length, 1);
-    std::vector<ChannelExtrema<T>> partial(static_cast<size_t>(slices), ChannelExtrema<T>(view_.channels));
-    parallel(parallel_for_, slices, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        ChannelExtrema<T>& p = partial[static_cast<size_t>(s)];
-        const int64_t n = std::min(length, count - s * length);
-        reduce(s * length * stride, view_of(view_, n), p.min.data(), p.max.data());
-      }
-    });
-    for (size_t s = 1; s < partial.size(); ++s) partial[0].combine(partial[s]);
-    return partial[0];
-  }
-
-  ChannelExtrema<T> over_channels() const {
-    ChannelExtrema<T> result(view_.channels);
-    const int64_t per_channel = std::max<int64_t>(view_.outer * view_.inner, 1);
-    parallel(parallel_for_, view_.channels, std::max<int64_t>(kGrain / per_channel, 1),
-             [&](int64_t begin, int64_t end) {
-               reduce(begin * view_.inner, {view_.outer, end - begin, view_.inner},
-                      &result.min[static_cast<size_t>(begin)], &result.max[static_cast<size_t>(begin)]);
-             });
-    return result;
-  }
-
-  DType dtype_;
-  const char* input_;
-  ChannelView view_;
-  ParallelFor parallel_for_;
-};
-
-template <class T>
-ChannelExtrema<T> reduce_extrema(DType dtype, const void* input, ChannelView view, ParallelFor parallel_for) {
-  return ExtremaReduction<T>(dtype, input, view, parallel_for).run();
+std::vector<Extrema<T>> reduce_extrema(DType dtype, const void* input, const ChannelView& view,
+                                       ParallelFor parallel_for) {
+  const Kernels& kernels = active_kernels();
+  return Reduction(view).of_channels(
+      parallel_for, kGrain, Extrema<T>::empty(),
+      [&](const ReductionPart& part, Extrema<T>* extrema) { kernels.extrema(dtype, input, part, extrema); });
 }
 
 template <class T>
@@ -170,14 +111,13 @@ void store_range(const RangeJob& job, ParallelFor parallel_for) {
     std::fill_n(job.range, 2 * channels, 0.0f);
     return;
   }
-  const ChannelExtrema<T> extrema = reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float min = static_cast<float>(extrema.min[static_cast<size_t>(c)]);
-    const float max = static_cast<float>(extrema.max[static_cast<size_t>(c)]);
+  float* min = job.range;
+  float* max = job.range + channels;
+  for (const Extrema<T>& of_channel : reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for)) {
     // Zeros alone would pass through, which takes loops that are slower for all channels; every grid gives zeros.
-    const bool zeros = extrema.min[static_cast<size_t>(c)] == T(0) && extrema.max[static_cast<size_t>(c)] == T(0);
-    job.range[c] = min;
-    job.range[channels + c] = zeros ? 1.0f : max;
+    const bool zeros = of_channel.min == T(0) && of_channel.max == T(0);
+    *min++ = static_cast<float>(of_channel.min);
+    *max++ = zeros ? 1.0f : static_cast<float>(of_channel.max);
   }
 }
 
@@ -196,72 +136,27 @@ void widen_pending(const AffineJob& job, const ChannelExtrema<T>& seen) {
 template <class S>
 void store_extrema(const ExtremaJob& job, ParallelFor parallel_for) {
   using T = typename ComputeType<S>::type;
-  const ChannelExtrema<T> extrema = reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for);
-  for (size_t c = 0; c < extrema.min.size(); ++c) {
-    static_cast<S*>(job.min)[c] = round_to<S, T>(extrema.min[c]);
-    static_cast<S*>(job.max)[c] = round_to<S, T>(extrema.max[c]);
+  S* min = static_cast<S*>(job.min);
+  S* max = static_cast<S*>(job.max);
+  for (const Extrema<T>& of_channel : reduce_extrema<T>(job.dtype, job.input, job.view, parallel_for)) {
+    *min++ = round_to<S, T>(of_channel.min);
+    *max++ = round_to<S, T>(of_channel.max);
   }
-}
-
-// max|x| of each of `runs` runs of `length` elements, T the compute type of `dtype`; NaN propagates.
-template <class T>
-std::vector<T> largest_magnitudes(DType dtype, const void* input, int64_t runs, int64_t length,
-                                  ParallelFor parallel_for) {
-  const Kernels& kernels = active_kernels();
-  const char* const bytes = static_cast<const char*>(input);
-  const int64_t pieces = (length + kGrain - 1) / kGrain;
-  if (pieces <= 1) {
-    std::vector<T> largest(static_cast<size_t>(runs));
-    parallel(parallel_for, runs, kGrain / std::max<int64_t>(length, 1), [&](int64_t begin, int64_t end) {
-      kernels.largest_magnitudes(dtype, bytes + begin * length * element_size(dtype), end - begin, length,
-                                 &largest[static_cast<size_t>(begin)]);
-    });
-    return largest;
-  }
-  std::vector<T> of_pieces(static_cast<size_t>(runs * pieces));
-  parallel(parallel_for, runs * pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p % pieces * kGrain;
-      kernels.largest_magnitudes(dtype, bytes + (p / pieces * length + first) * element_size(dtype), 1,
-                                 std::min(kGrain, length - first), &of_pieces[static_cast<size_t>(p)]);
-    }
-  });
-  std::vector<T> largest(static_cast<size_t>(runs));
-  for (size_t p = 0; p < of_pieces.size(); ++p) {
-    T& of_run = largest[p / static_cast<size_t>(pieces)];
-    of_run = maximum_or_nan(of_run, of_pieces[p]);
-  }
-  return largest;
-}
-
-// part(begin, end) on parts of fixed size, whose results are returned in order.
-template <class Result, class F>
-std::vector<Result> sum_parts(ParallelFor parallel_for, int64_t numel, const F& part) {
-  const int64_t count = (numel + kSumPart - 1) / kSumPart;
-  std::vector<Result> results(static_cast<size_t>(count));
-  parallel(parallel_for, count, kArithmeticGrain / kSumPart, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      results[static_cast<size_t>(p)] = part(p * kSumPart, std::min((p + 1) * kSumPart, numel));
-    }
-  });
-  return results;
 }
 
 template <class T>
 void store_weight_statistic(const DoReFaWeightJob& job, ParallelFor parallel_for) {
   T* statistic = static_cast<T*>(job.statistic);
+  const ChannelView view = {1, 1, job.numel};
   const Kernels& kernels = active_kernels();
   if (job.bits == 1) {
-    double sum = 0;
-    for (const double part : sum_parts<double>(parallel_for, job.numel, [&](int64_t begin, int64_t end) {
-           return kernels.magnitude_sum(job, begin, end);
-         })) {
-      sum += part;
-    }
+    const double sum = Reduction(view).of_channels(
+        parallel_for, kArithmeticGrain, 0.0,
+        [&](const ReductionPart& part, double* value) { kernels.magnitude_sum(job, part, value); })[0];
     *statistic = static_cast<T>(sum / static_cast<double>(job.numel));
     return;
   }
-  const T largest = largest_magnitudes<T>(job.dtype, job.input, 1, job.numel, parallel_for)[0];
+  const T largest = reduce_extrema<T>(job.dtype, job.input, view, parallel_for)[0].largest_magnitude();
   kernels.tanh_of(job.dtype, &largest, statistic);
 }
 
@@ -332,74 +227,40 @@ void quantize(const CurrentJob& job, ParallelFor parallel_for) {
            });
 }
 
-// How the sums of a view's channels are made of parts, which no number of threads shows in. Per tensor, of parts of
-// kSumPart elements; else of parts of rows, which are cut into channels for the threads' sake alone.
-struct LearnedParts {
-  int64_t inner, rows, channels;  // of a part
-
-  explicit LearnedParts(const ChannelView& view) : inner(kSumPart), rows(1), channels(1) {
-    if (view.channels == 1 && view.outer == 1) return;
-    constexpr int64_t kFewestRows = 64;  // so that there are few sums
-    inner = std::max<int64_t>(view.inner, 1);
-    rows = std::max(kSumPart / std::max<int64_t>(view.channels * inner, 1) + 1, std::min(view.outer, kFewestRows));
-    channels = std::max<int64_t>(kSumPart / (rows * inner), 1);
-  }
-};
-
 template <class T>
 void learn(const LearnedGradientJob& job, ParallelFor parallel_for) {
-  const ChannelView& view = job.view;
-  const LearnedParts part(view);
-  const auto count = [](int64_t length, int64_t of_part) { return (length + of_part - 1) / of_part; };
-  const int64_t inner_parts = count(view.inner, part.inner), channel_parts = count(view.channels, part.channels);
-  const int64_t sums_parts = count(view.outer, part.rows) * inner_parts;  // one of the two factors is 1
-  std::vector<LearnedSums> sums(static_cast<size_t>(sums_parts * view.channels));
   const Kernels& kernels = active_kernels();
-  const int64_t elements = part.rows * part.channels * part.inner;
-  parallel(parallel_for, sums_parts * channel_parts, kArithmeticGrain / elements + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = i / channel_parts, c = i % channel_parts * part.channels;
-      const int64_t o = s / inner_parts * part.rows, at = s % inner_parts * part.inner;
-      kernels.learned_gradient(
-          job, {o, std::min(o + part.rows, view.outer), c, std::min(c + part.channels, view.channels), at,
-                std::min(at + part.inner, view.inner), &sums[static_cast<size_t>(s * view.channels + c)]});
-    }
-  });
-  for (int64_t c = 0; c < view.channels; ++c) {
-    LearnedSums total{};
-    for (int64_t s = 0; s < sums_parts; ++s) {
-      const LearnedSums& of_part = sums[static_cast<size_t>(s * view.channels + c)];
-      total = {total.scale + of_part.scale, total.outside + of_part.outside};
-    }
-    static_cast<T*>(job.grad_scale)[c] = static_cast<T>(total.scale);
-    static_cast<T*>(job.grad_zero_point)[c] = static_cast<T>(-static_cast<double>(job.scale[c]) * total.outside);
+  const std::vector<LearnedSums> sums = Reduction(job.view).of_channels(
+      parallel_for, kArithmeticGrain, LearnedSums{},
+      [&](const ReductionPart& part, LearnedSums* values) { kernels.learned_gradient(job, part, values); });
+  for (size_t c = 0; c < sums.size(); ++c) {
+    static_cast<T*>(job.grad_scale)[c] = static_cast<T>(sums[c].scale);
+    static_cast<T*>(job.grad_zero_point)[c] = static_cast<T>(-static_cast<double>(job.scale[c]) * sums[c].outside);
   }
 }
 
 template <class T>
 void quantize_gradient(const DoReFaGradientJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
-  const int64_t numel = job.samples * job.inner;
+  const ChannelView view = {1, job.samples, job.inner};
+  const int64_t numel = view.numel();
   const Store store = store_for(job.grad_output, job.grad_input, numel * element_size(job.dtype));
   if (job.inner > kGradientChunk) {  // of a few large samples every thread would read all
-    const std::vector<T> largest =
-        largest_magnitudes<T>(job.dtype, job.grad_output, job.samples, job.inner, parallel_for);
+    const std::vector<Extrema<T>> extrema = reduce_extrema<T>(job.dtype, job.grad_output, view, parallel_for);
     parallel_elements(parallel_for, numel, kArithmeticGrain, [&](int64_t begin, int64_t end) {
-      kernels.dorefa_gradient(job, {largest.data(), 0, end}, store, begin, end);
+      kernels.dorefa_gradient(job, {extrema.data(), 0, end}, store, begin, end);
     });
     return;
   }
-  const char* const gradient = static_cast<const char*>(job.grad_output);
   parallel_elements(parallel_for, numel, kArithmeticGrain, [&](int64_t part_begin, int64_t part_end) {
-    std::vector<T> largest;
+    std::vector<Extrema<T>> extrema;
     for (int64_t begin = part_begin; begin < part_end; begin += kGradientChunk) {
       const int64_t end = std::min(begin + kGradientChunk, part_end);
       const int64_t first = begin / job.inner;
-      const int64_t samples = (end - 1) / job.inner - first + 1;
-      largest.resize(static_cast<size_t>(samples));
-      kernels.largest_magnitudes(job.dtype, gradient + first * job.inner * element_size(job.dtype), samples, job.inner,
-                                 largest.data());
-      kernels.dorefa_gradient(job, {largest.data(), first, part_end}, store, begin, end);
+      const int64_t last = (end - 1) / job.inner;
+      extrema.resize(static_cast<size_t>(last - first + 1));
+      kernels.extrema(job.dtype, job.grad_output, {view, 0, 1, first, last + 1, 0, job.inner}, extrema.data());
+      kernels.dorefa_gradient(job, {extrema.data(), first, part_end}, store, begin, end);
     }
   });
 }
@@ -514,13 +375,11 @@ void run(const DoReFaWeightJob& job, ParallelFor parallel_for) {
 
 void run(const DoReFaWeightGradientJob& job, ParallelFor parallel_for) {
   const Kernels& kernels = active_kernels();
-  DoReFaWeightSums sums{};
-  for (const DoReFaWeightSums& part : sum_parts<DoReFaWeightSums>(
-           parallel_for, job.numel,
-           [&](int64_t begin, int64_t end) { return kernels.dorefa_weight_sums(job, begin, end); })) {
-    sums.gradient_times_tanh += part.gradient_times_tanh;
-    sums.largest_elements += part.largest_elements;
-  }
+  const DoReFaWeightSums sums = Reduction({1, 1, job.numel})
+                                    .of_channels(parallel_for, kArithmeticGrain, DoReFaWeightSums{},
+                                                 [&](const ReductionPart& part, DoReFaWeightSums* values) {
+                                                   kernels.dorefa_weight_sums(job, part, values);
+                                                 })[0];
   const double largest = job.dtype == DType::kFloat64 ? *static_cast<const double*>(job.statistic)
                                                       : static_cast<double>(*static_cast<const float*>(job.statistic));
   const double through_largest = derivative_through_largest(sums.gradient_times_tanh, largest, sums.largest_elements);

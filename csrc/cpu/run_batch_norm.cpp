@@ -12,69 +12,11 @@
 #include "batch_norm_kernels.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "reduce.h"
 #include "run.h"
 
 namespace qk::cpu {
 namespace {
-
-// How a tensor is cut into parts that are summed apart. By its sizes alone, so that sums depend on no number of
-// threads.
-class BatchNormParts {
- public:
-  explicit BatchNormParts(const ChannelView& view) : view_(view) {
-    const bool columns = BatchNormTable::has_slot_per_element(view);
-    channels_ = columns ? std::min(view.channels, std::max<int64_t>(kPartColumns / view.inner, 1)) : 1;
-    outer_ = std::clamp<int64_t>(kPart / (channels_ * view.inner), 1, std::max<int64_t>(view.outer, 1));
-    across_ = (view.channels + channels_ - 1) / channels_;
-  }
-
-  int64_t rows() const { return (view_.outer + outer_ - 1) / outer_; }
-  int64_t elements() const { return outer_ * channels_ * view_.inner; }
-  int64_t count() const { return rows() * across_; }
-  BatchNormPart part(int64_t index) const {
-    const int64_t o = index / across_ * outer_, c = index % across_ * channels_;
-    return {o, std::min(o + outer_, view_.outer), c, std::min(c + channels_, view_.channels)};
-  }
-  int64_t row_of(int64_t index) const { return index / across_; }
-
- private:
-  static constexpr int64_t kPart = 1 << 16;
-  ChannelView view_;
-  int64_t channels_, outer_, across_;
-};
-
-// part(p, sums of its channels) for every part, then the sums of every channel over the parts in order.
-template <class Sums, class F>
-std::vector<Sums> sum_channels(const ChannelView& view, ParallelFor parallel_for, Sums none, const F& part_sums) {
-  const BatchNormParts parts(view);
-  std::vector<Sums> partial(static_cast<size_t>(parts.rows() * view.channels), none);
-  const int64_t grain = std::max<int64_t>(kArithmeticGrain / std::max<int64_t>(parts.elements(), 1), 1);
-  parallel(parallel_for, parts.count(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const BatchNormPart part = parts.part(p);
-      part_sums(part, &partial[static_cast<size_t>(parts.row_of(p) * view.channels + part.channel_begin)]);
-    }
-  });
-  std::vector<Sums> all(static_cast<size_t>(view.channels), none);
-  for (size_t i = 0; i < partial.size(); ++i) add_into(all[i % all.size()], partial[i]);
-  return all;
-}
-
-// The same for one channel, by one thread and with the same result.
-template <class Sums, class F>
-Sums sum_channel(const ChannelView& view, int64_t channel, Sums none, const F& part_sums) {
-  const BatchNormParts parts(view);
-  Sums all = none;
-  for (int64_t row = 0; row < parts.rows(); ++row) {
-    BatchNormPart part = parts.part(row * view.channels);
-    part.channel_begin = channel;
-    part.channel_end = channel + 1;
-    Sums sums = none;
-    part_sums(part, &sums);
-    add_into(all, sums);
-  }
-  return all;
-}
 
 // Whether a thread computes all of a channel before the next: what it has summed is then still in its second-level
 // cache, and memory is read once. For channels enough to keep threads busy, and rows on whole vectors and mask bytes.
@@ -123,6 +65,7 @@ class BatchNorm {
       : job_(job),
         parallel_for_(parallel_for),
         kernels_(active_kernels()),
+        reduction_(job.view),
         constants_(job.view),
         store_(store_for(job.quantization.input, job.quantization.output, numel() * element_size(dtype()))),
         shifts_(job.frozen ? 0 : static_cast<size_t>(job.view.channels)),
@@ -140,12 +83,12 @@ class BatchNorm {
       parallel(parallel_for_, channels, std::max<int64_t>(kArithmeticGrain / (job_.view.outer * job_.view.inner), 1),
                [&](int64_t begin, int64_t end) {
                  for (int64_t c = begin; c < end; ++c) {
-                   finish(c, sum_channel(job_.view, c, no_sums(), part_sums()));
+                   finish(c, reduction_.of_channel<BatchNormSums>(c, part_sums()));
                    kernels_.normalise_channel(job_, constants_.by_channel(), store_, c);
                  }
                });
     } else {
-      const std::vector<BatchNormSums> sums = sum_channels(job_.view, parallel_for_, no_sums(), part_sums());
+      const auto sums = reduction_.of_channels(parallel_for_, kArithmeticGrain, no_sums(), part_sums());
       for (int64_t c = 0; c < channels; ++c) finish(c, sums[static_cast<size_t>(c)]);
       normalise();
     }
@@ -158,8 +101,8 @@ class BatchNorm {
   int64_t numel() const { return job_.view.numel(); }
 
   auto part_sums() const {
-    return [this](const BatchNormPart& part, BatchNormSums* sums) {
-      kernels_.batch_norm_sums(job_, part, &shifts_[static_cast<size_t>(part.channel_begin)], sums);
+    return [this](const ReductionPart& part, BatchNormSums* sums) {
+      kernels_.batch_norm_sums(job_, shifts_.data(), part, sums);
     };
   }
 
@@ -208,6 +151,7 @@ class BatchNorm {
   const BatchNormJob& job_;
   ParallelFor parallel_for_;
   const Kernels& kernels_;
+  const Reduction reduction_;
   BatchNormConstants<T, kNormalisedConstants> constants_;
   Store store_;
   std::vector<T> shifts_;
@@ -221,30 +165,26 @@ class BatchNormBackward {
       : job_(job),
         parallel_for_(parallel_for),
         kernels_(active_kernels()),
+        reduction_(job.view),
         constants_(job.view),
         store_(store_for(job.grad_output, job.grad_input, job.view.numel() * element_size(job.dtype))) {}
 
   void run() {
     const ChannelView& view = job_.view;
-    constexpr BatchNormGradientSums kNone = {0.0, 0.0};
-    if (view.numel() == 0) {
-      for (int64_t c = 0; c < view.channels; ++c) finish(c, kNone);
-      return;
-    }
-    const auto part_sums = [this](const BatchNormPart& part, BatchNormGradientSums* sums) {
+    const auto part_sums = [this](const ReductionPart& part, BatchNormGradientSums* sums) {
       kernels_.batch_norm_gradient_sums(job_, part, sums);
     };
-    if (by_channel(view, job_.dtype, 2)) {
+    if (view.numel() > 0 && by_channel(view, job_.dtype, 2)) {
       parallel(parallel_for_, view.channels, std::max<int64_t>(kArithmeticGrain / (view.outer * view.inner), 1),
                [&](int64_t begin, int64_t end) {
                  for (int64_t c = begin; c < end; ++c) {
-                   finish(c, sum_channel(view, c, kNone, part_sums));
+                   finish(c, reduction_.of_channel<BatchNormGradientSums>(c, part_sums));
                    kernels_.batch_norm_gradient_channel(job_, constants_.by_channel(), store_, c);
                  }
                });
       return;
     }
-    const std::vector<BatchNormGradientSums> sums = sum_channels(view, parallel_for_, kNone, part_sums);
+    const auto sums = reduction_.of_channels(parallel_for_, kArithmeticGrain, BatchNormGradientSums{}, part_sums);
     for (int64_t c = 0; c < view.channels; ++c) finish(c, sums[static_cast<size_t>(c)]);
     const BatchNormTable table = constants_.spread();
     parallel_elements(parallel_for_, view.numel(), kGrain, [&](int64_t begin, int64_t end) {
@@ -261,6 +201,7 @@ class BatchNormBackward {
   const BatchNormGradientJob& job_;
   ParallelFor parallel_for_;
   const Kernels& kernels_;
+  const Reduction reduction_;
   BatchNormConstants<T, kGradientConstants> constants_;
   Store store_;
 };

@@ -110,6 +110,10 @@ QK_INLINE F32 select_less(F32 x, F32 bound, F32 below, F32 above) {
   return {_mm256_blendv_ps(above.low, below.low, _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ)),
           _mm256_blendv_ps(above.high, below.high, _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ))};
 }
+QK_INLINE F32 where_equal(F32 a, F32 b, F32 x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), x.low),
+          _mm256_and_ps(_mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ), x.high)};
+}
 QK_INLINE bool all_less(F32 x, F32 bound) {
   const __m256 low = _mm256_cmp_ps(x.low, bound.low, _CMP_LT_OQ), high = _mm256_cmp_ps(x.high, bound.high, _CMP_LT_OQ);
   return _mm256_movemask_ps(_mm256_and_ps(low, high)) == 0xff;
@@ -243,6 +247,9 @@ QK_INLINE F64 offset_bits(F64 x, int count) {
 }
 QK_INLINE F64 select_less(F64 x, F64 bound, F64 below, F64 above) {
   QK_PARTWISE(_mm256_blendv_pd(above.part[i], below.part[i], _mm256_cmp_pd(x.part[i], bound.part[i], _CMP_LT_OQ)));
+}
+QK_INLINE F64 where_equal(F64 a, F64 b, F64 x) {
+  QK_PARTWISE(_mm256_and_pd(_mm256_cmp_pd(a.part[i], b.part[i], _CMP_EQ_OQ), x.part[i]));
 }
 QK_INLINE F64 copy_sign(F64 magnitude, F64 sign) {
   const __m256d bit = _mm256_set1_pd(-0.0);

@@ -81,6 +81,9 @@ QK_INLINE F32 absolute(F32 x) { return {_mm512_abs_ps(x.value)}; }
 QK_INLINE F32 select_less(F32 x, F32 bound, F32 below, F32 above) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.value, bound.value, _CMP_LT_OQ), above.value, below.value)};
 }
+QK_INLINE F32 where_equal(F32 a, F32 b, F32 x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.value, b.value, _CMP_EQ_OQ), x.value)};
+}
 QK_INLINE bool all_less(F32 x, F32 bound) { return _mm512_cmp_ps_mask(x.value, bound.value, _CMP_LT_OQ) == 0xffff; }
 QK_INLINE F32 copy_sign(F32 magnitude, F32 sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
@@ -228,6 +231,10 @@ QK_INLINE F64 offset_bits(F64 x, int count) {
 QK_INLINE F64 select_less(F64 x, F64 bound, F64 below, F64 above) {
   return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.low, bound.low, _CMP_LT_OQ), above.low, below.low),
           _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x.high, bound.high, _CMP_LT_OQ), above.high, below.high)};
+}
+QK_INLINE F64 where_equal(F64 a, F64 b, F64 x) {
+  return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a.low, b.low, _CMP_EQ_OQ), x.low),
+          _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a.high, b.high, _CMP_EQ_OQ), x.high)};
 }
 QK_INLINE F64 copy_sign(F64 magnitude, F64 sign) {
   const __m512d bit = _mm512_set1_pd(-0.0);

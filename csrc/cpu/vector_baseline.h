@@ -197,6 +197,11 @@ template <class T>
 QK_INLINE Lanes<T> select_less(Lanes<T> x, Lanes<T> bound, Lanes<T> below, Lanes<T> above) {
   QK_LANEWISE(x.lane[i] < bound.lane[i] ? below.lane[i] : above.lane[i]);
 }
+// x where a equals b, zero elsewhere.
+template <class T>
+QK_INLINE Lanes<T> where_equal(Lanes<T> a, Lanes<T> b, Lanes<T> x) {
+  QK_LANEWISE(a.lane[i] == b.lane[i] ? x.lane[i] : T(0));
+}
 template <class T>
 QK_INLINE bool all_less(const Lanes<T>& x, const Lanes<T>& bound) {
   bool all = true;

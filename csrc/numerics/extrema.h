@@ -30,6 +30,11 @@ struct Extrema {
   QK_INLINE T largest_magnitude() const { return maximum_or_nan(max, -min); }
 };
 
+template <class T>
+QK_INLINE void add_into(Extrema<T>& all, const Extrema<T>& other) {
+  all.combine(other.min, other.max);
+}
+
 // Into the extrema that a reduction keeps apart, as it does per channel.
 template <class T>
 QK_INLINE void combine_into(T& min, T& max, T other_min, T other_max) {

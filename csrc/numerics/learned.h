@@ -19,6 +19,19 @@ QK_INLINE LearnedGrid<T> learned_grid(const LearnedGradientJob& job, int64_t cha
   return {T(job.scale[channel]), T(int64_t{job.quant_min} - zero_point), T(int64_t{job.quant_max} - zero_point)};
 }
 
+// x / scale, its integer and the one that this saturates to, which differ where x is outside the grid or NaN.
+template <class V>
+struct LearnedQuotient {
+  V exact, rounded, level;
+};
+
+template <class V>
+QK_INLINE LearnedQuotient<V> learned_quotient(V x, const LearnedGrid<V>& grid) {
+  const V quotient = x / grid.scale;
+  const V rounded = round_even(quotient);
+  return {quotient, rounded, clamp(rounded, grid.level_min, grid.level_max)};
+}
+
 // What an element's gradient is multiplied with.
 template <class V>
 struct LearnedFactors {
@@ -29,11 +42,9 @@ struct LearnedFactors {
 template <class V>
 QK_INLINE LearnedFactors<V> learned_factors(V x, const LearnedGrid<V>& grid) {
   const V zero = constant_like(x, 0.0f), half = constant_like(x, 0.5f);
-  const V quotient = x / grid.scale;
-  const V rounded = round_even(quotient);
-  const V level = clamp(rounded, grid.level_min, grid.level_max);
-  const V beyond = absolute(rounded - level);
-  return {level - select_less(beyond, half, quotient, zero), select_less(beyond, half, zero, constant_like(x, 1.0f))};
+  const LearnedQuotient<V> q = learned_quotient(x, grid);
+  const V beyond = absolute(q.rounded - q.level);
+  return {q.level - select_less(beyond, half, q.exact, zero), select_less(beyond, half, zero, constant_like(x, 1.0f))};
 }
 
 QK_NAMESPACE_END
