@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, it would keep the group, and gloo's threads, until Python ends
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{dist.get_world_size()} processes\n\nW4A4   test accuracy  largest difference between processes")
         for name, value, difference in rows:
             print(f"{name:<6}{value:>14.2%}{difference:>37.1e}")
-    dist.barrier()  # torch aborts now and then where a process leaves while another is still about it
     dist.destroy_process_group()
 
 

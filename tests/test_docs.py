@@ -80,12 +80,29 @@ def run(blocks: list[Block]) -> None:
 def run_by_torchrun(block: Block, folder: Path) -> None:
     script = folder / "script.py"
     script.write_text(block.source)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "tests" / "run_and_leave.py"), str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert result.returncode == 0, f"{block}:\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("import atexit, os; atexit.register(os._exit, 9); print(__name__)", 0),
+        ("print(__name__); assert False", 1),
+        ("print(__name__); raise SystemExit(3)", 3),
+    ],
+)
+def test_what_torchrun_runs_ends_as_its_script_does(code: str, status: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, str(ROOT / "tests" / "run_and_leave.py"), str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (status, "__main__\n"), result.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
