@@ -47,7 +47,11 @@ struct BatchNormTerm {
     lanes.max = maximum(value, lanes.max);
     const Vector<double> offset = fresh_lanes<whole>(widened(value) - shifts, piece);
     lanes.sum = lanes.sum + offset;
-    lanes.squares = add_products(lanes.squares, offset, offset);
+    if constexpr (kHasFusedMultiplyAdd<double>) {
+      lanes.squares = fused_multiply_add(offset, offset, lanes.squares);
+    } else {
+      lanes.squares = lanes.squares + offset * offset;
+    }
   }
 
   static Value total(const Lanes& lanes) {
