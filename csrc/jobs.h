@@ -6,9 +6,6 @@
 
 namespace qk {
 
-// A sum is made of the sums of parts of this many elements, so that it depends on no number of threads or blocks.
-constexpr int64_t kSumPart = 1 << 14;
-
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // A dense tensor in memory order, seen as [outer, channels, inner]; per tensor is one channel.

@@ -188,10 +188,11 @@ void reduce_columns(const Term& term, const ReductionPart& part, typename Term::
   }
 }
 
-// What each channel of the part is reduced to.
+// What each channel of the part is reduced to. A single row has no columns to go down.
 template <class Term>
 void reduce_channels(const Term& term, const ReductionPart& part, typename Term::Value* values) {
-  if (part.view.channels > 1 && part.view.inner < kLanes) return reduce_columns(term, part, values);
+  const bool rows = part.outer_end - part.outer_begin > 1;
+  if (rows && part.view.channels > 1 && part.view.inner < kLanes) return reduce_columns(term, part, values);
   for (int64_t c = part.channel_begin; c < part.channel_end; ++c) *values++ = reduce_runs(term, part, c);
 }
 

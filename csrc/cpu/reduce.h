@@ -23,9 +23,11 @@ class Reduction {
       : view_(view.channels == 1 ? ChannelView{1, 1, view.numel()} : view),
         inner_slices_(std::max<int64_t>((view_.inner + kRun - kLanes) / kRun, 1)) {
     if (view.numel() == 0) return;
-    const int64_t part = view.numel() < kLarge ? kPart : kLargePart, run = std::min(view_.inner, kRun);
+    const int64_t part = std::clamp(view.numel() / kParts, kPart, kLargePart), run = std::min(view_.inner, kRun);
     rows_ = std::min(view_.outer, std::clamp<int64_t>(kValue / run, 1, kRows));
-    const int64_t channels = std::clamp<int64_t>(part / (rows_ * run), 1, view_.channels);
+    const int64_t fewest = view_.inner % kLanes == 0 ? kValue : kFewest;
+    const bool whole_rows = part / (view_.channels * run) * run >= fewest;
+    const int64_t channels = whole_rows ? view_.channels : std::clamp<int64_t>(part / (rows_ * run), 1, view_.channels);
     across_ = divide_up(view_.channels, channels);
     channels_ = divide_up(view_.channels, across_);  // no last part of a channel or two
     rows_ = std::clamp<int64_t>(part / (channels_ * run), 1, view_.outer);
@@ -68,8 +70,10 @@ class Reduction {
 
  private:
   static constexpr int64_t kRun = 1 << 15;  // longer runs are cut
-  // Elements of a part of several runs, about. A large tensor's are larger, for rows of theirs to be longer in memory.
-  static constexpr int64_t kPart = 1 << 16, kLargePart = 1 << 17, kLarge = 1 << 21;
+  // Elements of a part of several runs, about: a large tensor is cut into kParts, for its parts to be whole rows where
+  // that leaves as many elements for each value as kFewest, or of runs of whole vectors, which batch norm may reduce
+  // channel by channel, kValue.
+  static constexpr int64_t kPart = 1 << 16, kLargePart = 1 << 19, kParts = 16, kFewest = 512;
   // A part that leaves out channels has this many rows at most, or elements of a channel: its values are few beside
   // them, and its rows long.
   static constexpr int64_t kRows = 128, kValue = 1 << 13;
