@@ -392,7 +392,8 @@ def fake_quantize_learned(
     - zero point: ``g * sum(grad_output * -scale)`` over what is outside the grid;
     - input: the incoming gradient inside the grid, else 0. ``g = 1 / sqrt(N * quant_max)``.
 
-    Sums are in float64, in an order that depends on no number of threads. `input` is kept for the backward pass.
+    Sums are in float64, on the CPU of sums of 16 float32 products, in an order that depends on no number of threads.
+    `input` is kept for the backward pass.
 
     Args:
         input: any shape; float32, float64, float16 or bfloat16.
