@@ -51,6 +51,7 @@ def test_launch_paths_reach_every_kernel(kernels: ModuleType) -> None:
         for address, name in re.findall(
             r"^(\w+) [tTwW] (?:\w+ )?(qk::cuda::(?:\(anonymous namespace\)::)?\w+_kernel\b.*)$", symbols, re.MULTILINE
         )
+        if "::operator()" not in name  # of a lambda in a kernel
     }
     assert len(all_kernels) > 100
     left_out = set(all_kernels) - set(kernels.take_launched_kernels())

@@ -265,9 +265,9 @@ struct ChannelArrays {
       : of_channel(layout.take<Element>(channels)), reduction(layout, reduced) {}
 };
 
-// finish(channel, value) for every channel of a view of at least one, also if it has no elements. kOneChannel: of a
-// view that is never reduced by column.
-template <bool kOneChannel = false, class Term, class Finish>
+// finish(channel, value) for every channel of a view of at least one, also if it has no elements. kOneRun: of a view
+// that is one run, and so always reduced by vectors.
+template <bool kOneRun = false, class Term, class Finish>
 cudaError_t launch_reduction(const Term& term, const Reduction<Term>& reduction, const Finish& finish, Stream stream) {
   const ReductionPlan& plan = reduction.plan;
   if (plan.slices > 1) {
@@ -279,10 +279,13 @@ cudaError_t launch_reduction(const Term& term, const Reduction<Term>& reduction,
     return launch(reduce_kernel<Term, decltype(mapping), Finish>, item_blocks(plan), kBlockThreads, stream, term, plan,
                   reduction.partials, reduction.counters, finish);
   };
-  if constexpr (!kOneChannel) {
+  using ByVectors = ByRow<kAccessElements<typename Term::Storage>>;
+  if constexpr (kOneRun) {
+    return launch_by(ByVectors{});
+  } else {
     if (plan.by_column) return launch_by(ByColumn{});
+    return plan.is_vectorised ? launch_by(ByVectors{}) : launch_by(ByRow<1>{});
   }
-  return plan.is_vectorised ? launch_by(ByRow<kAccessElements<typename Term::Storage>>{}) : launch_by(ByRow<1>{});
 }
 
 }  // namespace qk::cuda
